@@ -1,0 +1,137 @@
+// The Python module fastdiff._cpu. It links no torch: tensors arrive as addresses, which the
+// callers in fastdiff/ops/_native.py have checked, so one build serves every torch version.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace nb = nanobind;
+
+extern "C" const FdKernels fd_kernels_portable;
+#ifdef FD_X86
+extern "C" const FdKernels fd_kernels_avx2;
+extern "C" const FdKernels fd_kernels_avx512;
+#endif
+
+namespace {
+
+// Best first.
+std::vector<const FdKernels*> supported() {
+  std::vector<const FdKernels*> found;
+#ifdef FD_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    found.push_back(&fd_kernels_avx512);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    found.push_back(&fd_kernels_avx2);
+#endif
+  found.push_back(&fd_kernels_portable);
+  return found;
+}
+
+const FdKernels* active = supported().front();
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const FdKernels* k : supported()) names.emplace_back(k->name);
+  return names;
+}
+
+void set_isa(const std::string& name) {
+  for (const FdKernels* k : supported()) {
+    if (name == k->name) {
+      active = k;
+      return;
+    }
+  }
+  throw nb::value_error(("this CPU has no instruction set '" + name + "'").c_str());
+}
+
+using Address = uint64_t;
+
+template <class T>
+T* at(Address a) {
+  return reinterpret_cast<T*>(a);
+}
+
+void noise(Address seeds, uint32_t step, uint32_t stream, int64_t samples, int64_t size,
+           int64_t channels, Address out, int out_dtype) {
+  const FdNoiseArgs args{at<int64_t>(seeds), step, stream, samples, size, channels,
+                         at<void>(out), out_dtype};
+  nb::gil_scoped_release release;
+  active->noise(args);
+}
+
+void reverse_step(Address x, Address output, Address uncond, Address variance,
+                  int64_t output_stride, int64_t uncond_stride, int64_t variance_stride,
+                  int output_dtype, Address y, Address history, int64_t history_stride,
+                  int history_slots, Address row_floats, Address row_ints, Address rows,
+                  int64_t row, Address seeds, Address guidance, float guidance_all, Address clip,
+                  float clip_all, Address out, Address model_input, int model_input_dtype,
+                  int64_t samples, int64_t size, int64_t channels) {
+  FdStepArgs args{};
+  args.x = at<float>(x);
+  args.output = at<void>(output);
+  args.uncond = at<void>(uncond);
+  args.variance = at<void>(variance);
+  args.output_stride = output_stride;
+  args.uncond_stride = uncond_stride;
+  args.variance_stride = variance_stride;
+  args.output_dtype = output_dtype;
+  args.y = at<float>(y);
+  for (int k = 0; k < history_slots; ++k) args.history[k] = at<float>(history) + k * history_stride;
+  args.row_floats = at<float>(row_floats);
+  args.row_ints = at<int32_t>(row_ints);
+  args.rows = at<int64_t>(rows);
+  args.row = row;
+  args.seeds = at<int64_t>(seeds);
+  args.guidance = at<float>(guidance);
+  args.guidance_all = guidance_all;
+  args.clip = at<float>(clip);
+  args.clip_all = clip_all;
+  args.out = at<float>(out);
+  args.model_input = at<void>(model_input);
+  args.model_input_dtype = model_input_dtype;
+  args.samples = samples;
+  args.size = size;
+  args.channels = channels;
+  nb::gil_scoped_release release;
+  active->reverse_step(args);
+}
+
+void reparameterize(Address mu, Address logvar, int in_dtype, Address seeds, uint32_t step,
+                    uint32_t stream, int64_t samples, int64_t size, Address z, Address kl) {
+  const FdReparameterizeArgs args{at<void>(mu), at<void>(logvar), in_dtype, at<int64_t>(seeds),
+                                  step, stream, samples, size, at<void>(z), at<float>(kl)};
+  nb::gil_scoped_release release;
+  active->reparameterize(args);
+}
+
+void reparameterize_backward(Address grad_z, Address grad_kl, Address mu, Address logvar,
+                             int in_dtype, Address seeds, uint32_t step, uint32_t stream,
+                             int64_t samples, int64_t size, Address grad_mu,
+                             Address grad_logvar) {
+  const FdReparameterizeBackwardArgs args{
+      at<void>(grad_z), at<float>(grad_kl), at<void>(mu), at<void>(logvar), in_dtype,
+      at<int64_t>(seeds), step, stream, samples, size, at<void>(grad_mu), at<void>(grad_logvar)};
+  nb::gil_scoped_release release;
+  active->reparameterize_backward(args);
+}
+
+}  // namespace
+
+NB_MODULE(_cpu, m) {
+  m.doc() = "CPU kernels of fastdiff; use them through fastdiff.ops.";
+  m.def("isas", &isas, "Instruction sets of this CPU that the build has, best first.");
+  m.def("isa", [] { return active->name; }, "The instruction set in use.");
+  m.def("set_isa", &set_isa, "Use this instruction set from now on.");
+  m.def("noise", &noise);
+  m.def("reverse_step", &reverse_step);
+  m.def("reparameterize", &reparameterize);
+  m.def("reparameterize_backward", &reparameterize_backward);
+}

@@ -1,0 +1,76 @@
+// What one instruction set offers: a table of kernels, filled by table.cpp, chosen in bindings.cpp.
+//
+// Every source in csrc/cpu but bindings.cpp is compiled once per instruction set, with FD_ISA
+// naming the namespace, so the sets cannot share a symbol.
+#pragma once
+
+#include <cstdint>
+
+#include "../half.h"
+
+struct FdStepArgs {
+  // inputs; a null pointer says absent. output/uncond/variance have type `output_dtype` and their
+  // own distance between samples; everything else is float32 with `size` elements a sample.
+  const float* x;
+  const void* output;
+  const void* uncond;
+  const void* variance;
+  int64_t output_stride, uncond_stride, variance_stride;
+  int output_dtype;
+  float* y;  // read and written
+  float* history[4];
+  const float* row_floats;  // packed rows
+  const int32_t* row_ints;
+  const int64_t* rows;  // one row index a sample, or null for `row`
+  int64_t row;
+  const int64_t* seeds;
+  const float* guidance;  // one weight a sample, or null for `guidance_all`
+  float guidance_all;
+  const float* clip;  // one bound a sample, or null for `clip_all`; below zero: no clipping
+  float clip_all;
+  float* out;
+  void* model_input;
+  int model_input_dtype;
+  int64_t samples, size;
+  int64_t channels;  // 0: memory order is logical order; else channels are the fastest axis
+};
+
+struct FdNoiseArgs {
+  const int64_t* seeds;
+  uint32_t step, stream;
+  int64_t samples, size, channels;
+  void* out;
+  int out_dtype;
+};
+
+struct FdReparameterizeArgs {
+  const void* mu;
+  const void* logvar;
+  int in_dtype;
+  const int64_t* seeds;
+  uint32_t step, stream;
+  int64_t samples, size;
+  void* z;
+  float* kl;  // one value a sample, or null
+};
+
+struct FdReparameterizeBackwardArgs {
+  const void* grad_z;      // null: no gradient through z
+  const float* grad_kl;    // one value a sample; null: no gradient through kl
+  const void* mu;
+  const void* logvar;
+  int in_dtype;
+  const int64_t* seeds;
+  uint32_t step, stream;
+  int64_t samples, size;
+  void* grad_mu;
+  void* grad_logvar;
+};
+
+struct FdKernels {
+  const char* name;
+  void (*noise)(const FdNoiseArgs&);
+  void (*reverse_step)(const FdStepArgs&);
+  void (*reparameterize)(const FdReparameterizeArgs&);
+  void (*reparameterize_backward)(const FdReparameterizeBackwardArgs&);
+};

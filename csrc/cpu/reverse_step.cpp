@@ -1,0 +1,181 @@
+// One row of a StepTable over a batch: guidance, conversion, clipping, the affine combination of
+// at most eleven tensors with counter noise among them, the history push and the next model input,
+// in one pass over memory.
+//
+// Reads each present input once, writes each present output once; scratch stays in L1.
+// Accumulates in float32, in the fixed order of ../step.h: results are bits, not tolerances.
+#include "../step.h"
+
+#include "fill_normal.h"
+#include "kernels.h"
+#include "store.h"
+#include "table.h"
+#include "threads.h"
+
+namespace fd {
+namespace FD_ISA {
+namespace {
+
+constexpr int kChunk = 1024;
+
+struct Terms {
+  const float* tensor[kTerms];
+  float coefficient[kTerms];
+  int count = 0;
+
+  void add(float c, const float* t) {
+    if (c != 0.0f) {
+      tensor[count] = t;
+      coefficient[count++] = c;
+    }
+  }
+};
+
+// The number of terms is a template argument so that coefficients and partial sums stay in
+// registers: one load a term, no pass over scratch. `out` may be one of the tensors.
+template <int kCount>
+void combine_fixed(const Terms& terms, float* out, int n) {
+  const float* t[kCount > 0 ? kCount : 1];
+  float c[kCount > 0 ? kCount : 1];
+  for (int k = 0; k < kCount; ++k) {
+    t[k] = terms.tensor[k];
+    c[k] = terms.coefficient[k];
+  }
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    float acc = 0.0f;
+#pragma GCC unroll 11
+    for (int k = 0; k < kCount; ++k) acc = fd_add_term(acc, c[k], t[k][i]);
+    out[i] = acc;
+  }
+}
+
+void combine(const Terms& terms, float* out, int n) {
+  using Function = void (*)(const Terms&, float*, int);
+  static constexpr Function kByCount[kTerms + 1] = {
+      combine_fixed<0>, combine_fixed<1>, combine_fixed<2>,  combine_fixed<3>,
+      combine_fixed<4>, combine_fixed<5>, combine_fixed<6>,  combine_fixed<7>,
+      combine_fixed<8>, combine_fixed<9>, combine_fixed<10>, combine_fixed<11>};
+  kByCount[terms.count](terms, out, n);
+}
+
+struct Scratch {
+  float m[kChunk], u[kChunk], v[kChunk], d[kChunk], n1[kChunk], n2[kChunk], out[kChunk];
+};
+
+void draw(const FdStepArgs& a, int64_t sample, int32_t stream, int32_t counter, int64_t first,
+          int n, float* to) {
+  const uint64_t seed = static_cast<uint64_t>(a.seeds[sample]);
+  const uint32_t s = static_cast<uint32_t>(stream), step = static_cast<uint32_t>(counter);
+  if (a.channels > 0)
+    fill_normal_channels_last(seed, s, step, first, n, a.channels, a.size / a.channels, to);
+  else
+    fill_normal(seed, s, step, first, n, to);
+}
+
+bool uses(const float* row, FdTerm term) { return row[kA + term] != 0.0f || row[kB + term] != 0.0f; }
+
+void step_chunk(const FdStepArgs& a, int64_t sample, int64_t first, int n, Scratch& s) {
+  const int64_t row_index = a.rows ? a.rows[sample] : a.row;
+  const float* row = a.row_floats + row_index * kRowFloats;
+  const int32_t* info = a.row_ints + row_index * kRowInts;
+  const int64_t at = sample * a.size + first;
+
+  const float* m = nullptr;
+  const float* u = nullptr;
+  if (info[kFlags] & kEvaluates) {
+    m = load_as_float(a.output, a.output_dtype, sample * a.output_stride + first, n, s.m);
+    if (a.uncond) {
+      u = load_as_float(a.uncond, a.output_dtype, sample * a.uncond_stride + first, n, s.u);
+      const float weight = a.guidance ? a.guidance[sample] : a.guidance_all;
+      if (weight != 1.0f) {
+        const float* cond = m;
+#pragma omp simd
+        for (int i = 0; i < n; ++i) s.m[i] = fd_guide(cond[i], u[i], weight);
+        m = s.m;
+      }
+    }
+  }
+
+  const int push = info[kPush];
+  if (push >= 0 || uses(row, kD)) {
+    Terms convert;
+    convert.add(row[kP], a.x + at);
+    convert.add(row[kQ], m);
+    combine(convert, s.d, n);
+    const float bound = a.clip ? a.clip[sample] : a.clip_all;
+    if (bound >= 0.0f) {
+#pragma omp simd
+      for (int i = 0; i < n; ++i) s.d[i] = fd_clip(s.d[i], bound);
+    }
+  }
+
+  if (uses(row, kN1)) {
+    draw(a, sample, info[kStream1], info[kCounter1], first, n, s.n1);
+    if (info[kFlags] & kLearnedVariance) {
+      const float* v = load_as_float(a.variance, a.output_dtype,
+                                     sample * a.variance_stride + first, n, s.v);
+      const float scale = row[kLvScale], shift = row[kLvShift];
+#pragma omp simd
+      for (int i = 0; i < n; ++i) s.n1[i] = fd_exp(scale * v[i] + shift) * s.n1[i];
+    }
+  }
+  if (uses(row, kN2)) draw(a, sample, info[kStream2], info[kCounter2], first, n, s.n2);
+
+  Terms to_x, to_y;
+  const auto add = [&](int term, const float* tensor) {
+    to_x.add(row[kA + term], tensor);
+    to_y.add(row[kB + term], tensor);
+  };
+  add(kX, a.x + at);
+  add(kY, a.y ? a.y + at : nullptr);
+  add(kM, m);
+  add(kD, s.d);
+  for (int k = 0; k < 4; ++k) add(kH0 + k, a.history[k] ? a.history[k] + at : nullptr);
+  add(kN1, s.n1);
+  add(kN2, s.n2);
+  add(kU, u);
+
+  // y' first: x' may be written over x, which y' still reads, so x' waits in scratch then
+  float* out = a.out + at;
+  if (to_y.count > 0) {
+    combine(to_x, s.out, n);
+    combine(to_y, a.y + at, n);
+    store_as(s.out, kFloat32, a.out, at, n);
+  } else {
+    combine(to_x, out, n);
+  }
+  if (push >= 0) store_as(s.d, kFloat32, a.history[push], at, n);
+  if (a.model_input) {
+    const float c_in = row[kCIn];
+#pragma omp simd
+    for (int i = 0; i < n; ++i) s.out[i] = c_in * out[i];
+    store_as(s.out, a.model_input_dtype, a.model_input, at, n);
+  }
+}
+
+}  // namespace
+
+void reverse_step(const FdStepArgs& a) {
+  int64_t per_chunk = kChunk;
+  // whole pixels a chunk, and a multiple of 64 of them where they fit, so that no normal of the
+  // channels' runs is computed twice
+  if (a.channels > 0 && a.channels <= kChunk) {
+    const int64_t pixels = kChunk / a.channels;
+    per_chunk = (pixels >= 64 ? pixels / 64 * 64 : pixels) * a.channels;
+  }
+  const int64_t chunks = (a.size + per_chunk - 1) / per_chunk;
+  parallel_for(a.samples * chunks, 0.5 * static_cast<double>(per_chunk),
+               [&](int64_t begin, int64_t end) {
+                 Scratch scratch;
+                 for (int64_t unit = begin; unit < end; ++unit) {
+                   const int64_t sample = unit / chunks, first = unit % chunks * per_chunk;
+                   const int64_t left = a.size - first;
+                   step_chunk(a, sample, first,
+                              static_cast<int>(left < per_chunk ? left : per_chunk), scratch);
+                 }
+               });
+}
+
+}  // namespace FD_ISA
+}  // namespace fd

@@ -1,0 +1,15 @@
+// The kernels of one instruction set; every .cpp of the set defines its own.
+#pragma once
+
+#include "kernels.h"
+
+namespace fd {
+namespace FD_ISA {
+
+void noise(const FdNoiseArgs&);
+void reverse_step(const FdStepArgs&);
+void reparameterize(const FdReparameterizeArgs&);
+void reparameterize_backward(const FdReparameterizeBackwardArgs&);
+
+}  // namespace FD_ISA
+}  // namespace fd

@@ -1,0 +1,22 @@
+"""fastdiff: samplers for diffusion models and VAEs, with their own kernels.
+
+A solver is a table (`solvers.build`), one fused kernel runs any row of any table
+(`ops.reverse_step`), one loop walks the rows (`Sampler`), and noise is a function of seed, stream,
+step and element (`randn`).
+"""
+
+from fastdiff import ops, schedules
+from fastdiff.backends import BackendError, use_backend
+from fastdiff.ops import randn
+from fastdiff.table import StepTable
+from fastdiff.version import __version__
+
+__all__ = [
+    "BackendError",
+    "StepTable",
+    "__version__",
+    "ops",
+    "randn",
+    "schedules",
+    "use_backend",
+]

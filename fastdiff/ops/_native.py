@@ -1,0 +1,38 @@
+"""The CPU extension, or the reason why it is missing, and what its callers share."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch  # first: its libgomp must be in the process before the extension's
+
+extension: Any = None
+missing: str | None = None
+try:
+    from fastdiff import _cpu as extension  # type: ignore[no-redef]
+except ImportError as error:
+    missing = (
+        f"the C++ extension fastdiff._cpu cannot be imported ({error}); "
+        "install with a C++ compiler present to build it"
+    )
+else:
+    if "FASTDIFF_CPU_ISA" in os.environ:
+        extension.set_isa(os.environ["FASTDIFF_CPU_ISA"])
+
+# Equal to FdDtype in csrc/half.h.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    """Where the data of a tensor starts; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def refuse_device(x: torch.Tensor) -> str | None:
+    """Reason why a GPU kernel cannot take a tensor of this device, or None."""
+    if x.device.type == "cuda":
+        return None
+    if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"tensors must be on a CUDA device, got {x.device}"

@@ -1,0 +1,201 @@
+"""Noise as a function: ``noise(seed, stream, step, element)``, the same bits on every backend.
+
+Philox4x32-10 (Salmon, Moraes, Dror, Shaw, SC 2011) under a Box-Muller transform built from
+multiplications, additions and a correctly rounded square root. Image i depends on its own seed
+alone: not on batch size, thread count, device, memory format or the order of calls.
+
+The stream is frozen: a change of any bit needs a new stream number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from fastdiff.backends import Implementation, Op, choose
+from fastdiff.ops import _native
+from fastdiff.ops._layout import channels, memory_format
+from fastdiff.reference.noise import normals
+
+_SEED_LIMIT = 1 << 64
+
+
+class Stream(IntEnum):
+    """What a draw is for; streams of one seed are independent."""
+
+    INITIAL = 0
+    STEP = 1
+    CHURN = 2
+    REPARAMETERIZE = 3
+    FORWARD = 4
+
+
+class Draw(NamedTuple):
+    """Checked arguments of one draw; backends fill ``out``."""
+
+    seeds: torch.Tensor
+    step: int
+    stream: int
+    out: torch.Tensor
+
+
+def _reference(draw: Draw) -> None:
+    seeds = draw.seeds.cpu().numpy().view(np.uint64)
+    size = draw.out[0].numel() if len(draw.out) else 0
+    z = torch.from_numpy(normals(seeds, size, draw.step, draw.stream))
+    draw.out.copy_(z.view(draw.out.shape))
+
+
+def _cpu(draw: Draw) -> None:
+    out = draw.out
+    fmt = memory_format(out)
+    assert fmt is not None  # _refuse_cpu let it pass
+    samples = out.shape[0]
+    _native.extension.noise(
+        draw.seeds.data_ptr(),
+        draw.step,
+        draw.stream,
+        samples,
+        out.numel() // samples if samples else 0,
+        channels(out, fmt),
+        out.data_ptr(),
+        _native.DTYPES[out.dtype],
+    )
+
+
+def _refuse_layout(out: torch.Tensor) -> str | None:
+    if out.dtype not in _native.DTYPES:
+        return f"dtype must be float32, bfloat16 or float16, got {out.dtype}"
+    if memory_format(out) is None:
+        return f"out must be contiguous or channels_last, got strides {out.stride()}"
+    return None
+
+
+def _refuse_cpu(draw: Draw) -> str | None:
+    if draw.out.device.type != "cpu":
+        return f"out must be on the CPU, got {draw.out.device}"
+    return _refuse_layout(draw.out)
+
+
+def _refuse_gpu(draw: Draw) -> str | None:
+    return _native.refuse_device(draw.out) or _refuse_layout(draw.out)
+
+
+def _load_triton() -> Callable[[Draw], None]:
+    from fastdiff.kernels.noise import noise
+
+    return noise  # type: ignore[no-any-return]
+
+
+def _load_cuda() -> Callable[[Draw], None]:
+    from fastdiff.ops._cuda import noise
+
+    return noise
+
+
+OP = Op(
+    "noise",
+    {
+        "cpu": Implementation(lambda: _cpu, _refuse_cpu),
+        "triton": Implementation(_load_triton, _refuse_gpu),
+        "cuda": Implementation(_load_cuda, _refuse_gpu),
+        "reference": Implementation(lambda: _reference, lambda draw: None),
+    },
+)
+
+
+def as_seeds(seeds: Any, count: int | None = None, *, where: str = "seeds") -> torch.Tensor:
+    """Seeds as an int64 tensor on the CPU, the bit pattern of the unsigned 64-bit seeds.
+
+    Args:
+        seeds: an int s for s, s+1, ... (``count`` of them, one where it is None), a sequence of
+            ints in [0, 2**64), or an int64 tensor of shape (count,).
+        count: number of samples, checked.
+
+    Raises:
+        TypeError: seeds are not integers.
+        ValueError: a seed is out of range, or their number is not ``count``.
+    """
+    if isinstance(seeds, torch.Tensor):
+        if seeds.dtype != torch.int64 or seeds.dim() != 1:
+            raise TypeError(
+                f"{where}: seeds must be a 1-D int64 tensor, got {seeds.dim()}-D {seeds.dtype}"
+            )
+        values = seeds
+    else:
+        if isinstance(seeds, (bool, float, str)):
+            raise TypeError(f"{where}: seeds must be integers, got {type(seeds).__name__}")
+        if isinstance(seeds, (int, np.integer)):
+            listed = [int(seeds) + i for i in range(1 if count is None else count)]
+        else:
+            listed = []
+            for s in seeds:
+                if isinstance(s, bool) or not isinstance(s, (int, np.integer)):
+                    raise TypeError(f"{where}: seeds must be integers, got {type(s).__name__}")
+                listed.append(int(s))
+        for s in listed:
+            if not 0 <= s < _SEED_LIMIT:
+                raise ValueError(f"{where}: seeds must lie in [0, 2**64), got {s}")
+        values = torch.from_numpy(np.array(listed, dtype=np.uint64).view(np.int64))
+    if count is not None and values.shape[0] != count:
+        raise ValueError(
+            f"{where}: seeds must have one entry a sample ({count}), got {values.shape[0]}"
+        )
+    return values
+
+
+def _check_counter(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"randn: {name} must be an integer, got {type(value).__name__}")
+    if not 0 <= value < 1 << 32:
+        raise ValueError(f"randn: {name} must lie in [0, 2**32), got {value}")
+    return int(value)
+
+
+def randn(
+    seeds: Any,
+    shape: Sequence[int],
+    *,
+    step: int = 0,
+    stream: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Unit normals, one sample a seed, the same bits on every device and for every batch size.
+
+    Args:
+        seeds: int (one sample), sequence of ints in [0, 2**64), or (n,) int64 tensor.
+        shape: shape of one sample; elements are counted in its C-order, whatever the memory
+            format of ``out``.
+        step: counter of the draw, in [0, 2**32).
+        stream: what the draw is for (`Stream`), in [0, 2**32).
+        dtype: float32 (exact bits), bfloat16, float16 or float64 (the float32 normals converted).
+        out: written and returned if given, shape (n, *shape); ``dtype`` and ``device`` are its own.
+
+    Returns:
+        (n, *shape) tensor.
+
+    Raises:
+        TypeError, ValueError: an argument breaks its rule.
+        BackendError: the forced backend cannot do it.
+    """
+    values = as_seeds(seeds, where="randn")
+    step, stream = _check_counter("step", step), _check_counter("stream", stream)
+    full = (values.shape[0], *shape)
+    if any(n < 0 for n in full):
+        raise ValueError(f"randn: shape must not be negative, got {tuple(shape)}")
+    if out is None:
+        if not dtype.is_floating_point:
+            raise TypeError(f"randn: dtype must be a floating-point type, got {dtype}")
+        out = torch.empty(full, dtype=dtype, device=device)
+    elif out.shape != full:
+        raise ValueError(f"randn: out must have shape {full}, got {tuple(out.shape)}")
+    draw = Draw(values.to(out.device), step, stream, out)
+    _, implementation = choose(OP, draw)
+    implementation(draw)
+    return out

@@ -1,0 +1,392 @@
+"""One row of a `StepTable` over a batch: the reverse-step update of every fixed-step solver."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from fastdiff.backends import Implementation, Op, choose
+from fastdiff.ops import _native
+from fastdiff.ops._layout import channels, memory_format
+from fastdiff.reference.reverse_step import reference_row
+from fastdiff.table import C_IN, PUSH, Needs, Packed, StepTable
+
+
+class Step(NamedTuple):
+    """Checked arguments; backends write ``out``, ``y``, ``history`` and ``model_input``."""
+
+    x: torch.Tensor
+    output: torch.Tensor | None
+    uncond: torch.Tensor | None
+    variance: torch.Tensor | None
+    y: torch.Tensor | None
+    history: torch.Tensor | None
+    packed: Packed
+    row: int
+    rows: torch.Tensor | None
+    seeds: torch.Tensor | None
+    guidance: float | torch.Tensor
+    clip: float | torch.Tensor | None
+    out: torch.Tensor
+    model_input: torch.Tensor | None
+    format: torch.memory_format
+
+
+# --- reference ------------------------------------------------------------------------------
+
+
+def _reference(step: Step) -> None:
+    x = step.x
+    floats, ints = step.packed.floats.cpu().numpy(), step.packed.ints.cpu().numpy()
+    rows = np.full(len(x), step.row) if step.rows is None else step.rows.cpu().numpy()
+    seeds = np.zeros(0, np.uint64)
+    if step.seeds is not None:
+        seeds = step.seeds.cpu().numpy().view(np.uint64)
+
+    def one(t: torch.Tensor | float | None, i: int) -> torch.Tensor | float | None:
+        return float(t[i]) if isinstance(t, torch.Tensor) else t
+
+    uniform = step.rows is None
+    per_sample = any(isinstance(t, torch.Tensor) for t in (step.guidance, step.clip))
+    groups = (
+        [slice(0, len(x))]
+        if uniform and not per_sample
+        else [slice(i, i + 1) for i in range(len(x))]
+    )
+    for g in groups if len(x) else []:
+
+        def part(t: torch.Tensor | None, g: slice = g) -> torch.Tensor | None:
+            return None if t is None else t[g]
+
+        row, info = floats[rows[g.start]], ints[rows[g.start]]
+        guidance = one(step.guidance, g.start)
+        assert guidance is not None
+        clip = one(step.clip, g.start)
+        new_x, new_y, d = reference_row(
+            row,
+            info,
+            x[g],
+            output=part(step.output),
+            uncond=part(step.uncond),
+            variance=part(step.variance),
+            y=part(step.y),
+            history=[] if step.history is None else [h[g] for h in step.history],
+            seeds=seeds[g],
+            guidance=guidance,
+            clip=None if clip is None or float(clip) < 0 else clip,
+        )
+        step.out[g] = new_x
+        if new_y is not None and step.y is not None:
+            step.y[g] = new_y
+        if d is not None and step.history is not None:
+            step.history[int(info[PUSH]), g] = d
+        if step.model_input is not None:
+            step.model_input[g] = (float(row[C_IN]) * new_x).to(step.model_input.dtype)
+
+
+# --- CPU ------------------------------------------------------------------------------------
+
+
+def _sample_stride(t: torch.Tensor | None) -> int:
+    return 0 if t is None else t.stride(0)
+
+
+def _cpu(step: Step) -> None:
+    x, history = step.x, step.history
+    samples = x.shape[0]
+    if samples == 0:
+        return
+    guidance, clip = step.guidance, step.clip
+    each_guidance = isinstance(guidance, torch.Tensor)
+    each_clip = isinstance(clip, torch.Tensor)
+    address = _native.address
+    output = step.output
+    _native.extension.reverse_step(
+        x.data_ptr(),
+        address(output),
+        address(step.uncond),
+        address(step.variance),
+        _sample_stride(output),
+        _sample_stride(step.uncond),
+        _sample_stride(step.variance),
+        0 if output is None else _native.DTYPES[output.dtype],
+        address(step.y),
+        address(history),
+        0 if history is None else history.stride(0),
+        0 if history is None else history.shape[0],
+        step.packed.floats.data_ptr(),
+        step.packed.ints.data_ptr(),
+        address(step.rows),
+        step.row,
+        address(step.seeds),
+        guidance.data_ptr() if each_guidance else 0,  # type: ignore[union-attr]
+        1.0 if each_guidance else guidance,
+        clip.data_ptr() if each_clip else 0,  # type: ignore[union-attr]
+        -1.0 if each_clip or clip is None else clip,
+        step.out.data_ptr(),
+        address(step.model_input),
+        0 if step.model_input is None else _native.DTYPES[step.model_input.dtype],
+        samples,
+        x.numel() // samples,
+        channels(x, step.format),
+    )
+
+
+def _refuse_dtype(step: Step) -> str | None:
+    if step.x.dtype != torch.float32:
+        return f"the state must be float32, got {step.x.dtype}"
+    for t in (step.output, step.model_input):
+        if t is not None and t.dtype not in _native.DTYPES:
+            return f"model tensors must be float32, bfloat16 or float16, got {t.dtype}"
+    return None
+
+
+def _refuse_cpu(step: Step) -> str | None:
+    if step.x.device.type != "cpu":
+        return f"the state must be on the CPU, got {step.x.device}"
+    return _refuse_dtype(step)
+
+
+def _refuse_gpu(step: Step) -> str | None:
+    return _native.refuse_device(step.x) or _refuse_dtype(step)
+
+
+def _load_triton() -> Callable[[Step], None]:
+    from fastdiff.kernels.reverse_step import reverse_step
+
+    return reverse_step  # type: ignore[no-any-return]
+
+
+def _load_cuda() -> Callable[[Step], None]:
+    from fastdiff.ops._cuda import reverse_step
+
+    return reverse_step
+
+
+OP = Op(
+    "reverse_step",
+    {
+        "cpu": Implementation(lambda: _cpu, _refuse_cpu),
+        "triton": Implementation(_load_triton, _refuse_gpu),
+        "cuda": Implementation(_load_cuda, _refuse_gpu),
+        "reference": Implementation(lambda: _reference, lambda step: None),
+    },
+)
+
+
+# --- the op ---------------------------------------------------------------------------------
+
+
+def _require(
+    name: str, t: torch.Tensor | None, x: torch.Tensor, why: str, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    if t is None:
+        raise ValueError(f"reverse_step: {name} must be given, {why}, got None")
+    if t.shape != x.shape:
+        raise ValueError(
+            f"reverse_step: {name} must have the shape of x {tuple(x.shape)}, got {tuple(t.shape)}"
+        )
+    if t.device != x.device:
+        raise ValueError(
+            f"reverse_step: {name} must be on the device of x {x.device}, got {t.device}"
+        )
+    if dtype is not None and t.dtype != dtype:
+        raise TypeError(f"reverse_step: {name} must be {dtype}, got {t.dtype}")
+    return t
+
+
+def _ordered(t: torch.Tensor, fmt: torch.memory_format) -> torch.Tensor:
+    """The tensor, or a copy whose samples have the memory order of the state."""
+    if t.is_contiguous(memory_format=fmt) or (len(t) and t[:1].is_contiguous(memory_format=fmt)):
+        return t
+    return t.contiguous(memory_format=fmt)
+
+
+def _in_place(name: str, t: torch.Tensor, fmt: torch.memory_format) -> None:
+    if not t.is_contiguous(memory_format=fmt):
+        raise ValueError(
+            f"reverse_step: {name} must have the memory order of x, got strides {t.stride()}"
+        )
+
+
+def _weight(name: str, value: float | torch.Tensor, x: torch.Tensor) -> float | torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        if value.shape != x.shape[:1]:
+            raise ValueError(
+                f"reverse_step: {name} must be a number or one a sample ({len(x)},), "
+                f"got {tuple(value.shape)}"
+            )
+        return value.to(x.device, torch.float32).contiguous()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"reverse_step: {name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"reverse_step: {name} must be finite, got {value}")
+    return value
+
+
+def reverse_step(
+    x: torch.Tensor,
+    output: torch.Tensor | None,
+    table: StepTable,
+    row: int | torch.Tensor,
+    *,
+    uncond: torch.Tensor | None = None,
+    guidance: float | torch.Tensor = 1.0,
+    clip: float | torch.Tensor | None = None,
+    variance: torch.Tensor | None = None,
+    y: torch.Tensor | None = None,
+    history: torch.Tensor | None = None,
+    seeds: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    model_input: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The state after one row of the table, in one pass over memory.
+
+    Args:
+        x: (N, *S) state, float32 (float64 on the reference backend only); contiguous and
+            channels_last are read as they are, any other order is copied first.
+        output: (N, *S) model output, float32, bfloat16 or float16; None for a row without one.
+        table: the solver's rows.
+        row: index of the row, or (N,) int64 tensor with one a sample.
+        uncond: (N, *S) unconditional model output, dtype of ``output``.
+        guidance: weight w of ``uncond + w*(output - uncond)``, a number or (N,) float32.
+        clip: bound of the converted prediction, a number or (N,) float32; None or a negative
+            bound of a sample: no clipping.
+        variance: (N, *S) the model's variance output, for rows with a learned variance.
+        y: (N, *S) anchor state, float32, updated in place; for two-output rows.
+        history: (depth, N, *S) float32 ring of converted predictions, updated in place.
+        seeds: (N,) int64 seeds on the CPU or the device of x, for rows that draw noise.
+        out: written and returned if given; may be ``x``.
+        model_input: (N, *S) float32, bfloat16 or float16, receives ``c_in * x'``.
+
+    Returns:
+        (N, *S) the new state.
+
+    Raises:
+        TypeError, ValueError: an argument breaks its rule; nothing has been written.
+        BackendError: the forced backend cannot do it.
+    """
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        raise TypeError(f"reverse_step: x must be a floating-point tensor, got {_kind(x)}")
+    fmt = memory_format(x)
+    if fmt is None:
+        fmt = torch.contiguous_format
+        x = x.contiguous()
+    rows: torch.Tensor | None = None
+    if isinstance(row, torch.Tensor):
+        rows = _check_rows(row, table, x)
+        needs, row = _joined(table, rows), 0
+    else:
+        if not 0 <= row < len(table.rows):
+            raise ValueError(f"reverse_step: row must lie in [0, {len(table.rows)}), got {row}")
+        needs = table.needs[row]
+    if needs.output:
+        output = _ordered(_require("output", output, x, "the row evaluates the model"), fmt)
+        if uncond is not None or needs.uncond:
+            uncond = _require("uncond", uncond, x, "the row reads it", output.dtype)
+            uncond = _ordered(uncond, fmt)
+    else:
+        output = uncond = None
+    if needs.variance:
+        variance = _require("variance", variance, x, "its variance is learned", output.dtype)  # type: ignore[union-attr]
+        variance = _ordered(variance, fmt)
+    else:
+        variance = None
+    if needs.anchor or needs.writes_anchor:
+        y = _require("y", y, x, "the row uses the anchor state", x.dtype)
+        _in_place("y", y, fmt)
+    else:
+        y = None
+    history = _check_history(history, needs.history, x, fmt) if needs.history else None
+    if needs.seeds:
+        seeds = _check_seeds(seeds, x)
+    if uncond is not None or isinstance(guidance, torch.Tensor):
+        guidance = _weight("guidance", guidance, x)
+    if clip is not None:
+        clip = _weight("clip", clip, x)
+        if not isinstance(clip, torch.Tensor) and clip < 0:
+            raise ValueError(f"reverse_step: clip must not be negative, got {clip}")
+    if out is None:
+        out = torch.empty_like(x)
+    else:
+        _require("out", out, x, "", x.dtype)
+        _in_place("out", out, fmt)
+    if model_input is not None:
+        _require("model_input", model_input, x, "")
+        _in_place("model_input", model_input, fmt)
+    step = Step(
+        x,
+        output,
+        uncond,
+        variance,
+        y,
+        history,
+        table.packed(x.device, clip=clip is not None, dtype=x.dtype),
+        row,
+        rows,
+        seeds,
+        guidance,
+        clip,
+        out,
+        model_input,
+        fmt,
+    )
+    choose(OP, step)[1](step)
+    return out
+
+
+def _kind(x: object) -> str:
+    return str(x.dtype) if isinstance(x, torch.Tensor) else type(x).__name__
+
+
+def _check_rows(rows: torch.Tensor, table: StepTable, x: torch.Tensor) -> torch.Tensor:
+    if rows.dtype != torch.int64 or rows.shape != x.shape[:1]:
+        raise ValueError(
+            f"reverse_step: row must be an int or an int64 tensor ({len(x)},), "
+            f"got {rows.dtype} {tuple(rows.shape)}"
+        )
+    if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < len(table.rows)):
+        raise ValueError(
+            f"reverse_step: row must lie in [0, {len(table.rows)}), got {rows.tolist()}"
+        )
+    return rows.to(x.device).contiguous()
+
+
+def _joined(table: StepTable, rows: torch.Tensor) -> Needs:
+    """What any of the rows needs."""
+    each = [table.needs[i] for i in set(rows.tolist())] or [table.needs[0]]
+    return Needs(*(max(values) for values in zip(*each, strict=True)))
+
+
+def _check_history(
+    history: torch.Tensor | None, depth: int, x: torch.Tensor, fmt: torch.memory_format
+) -> torch.Tensor:
+    if history is None:
+        raise ValueError(f"reverse_step: history must have {depth} slots, got None")
+    if history.shape[1:] != x.shape or history.shape[0] < depth:
+        raise ValueError(
+            f"reverse_step: history must have shape ({depth}, {', '.join(map(str, x.shape))}), "
+            f"got {tuple(history.shape)}"
+        )
+    if history.dtype != x.dtype or history.device != x.device:
+        raise TypeError(
+            f"reverse_step: history must be {x.dtype} on {x.device}, "
+            f"got {history.dtype} on {history.device}"
+        )
+    _in_place("history", history[0], fmt)
+    return history
+
+
+def _check_seeds(seeds: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    if seeds is None:
+        raise ValueError("reverse_step: seeds must be given, the row draws noise, got None")
+    if seeds.dtype != torch.int64 or seeds.shape != x.shape[:1]:
+        raise ValueError(
+            f"reverse_step: seeds must be an int64 tensor ({len(x)},), "
+            f"got {seeds.dtype} {tuple(seeds.shape)}"
+        )
+    return seeds if seeds.device == x.device else seeds.to(x.device)

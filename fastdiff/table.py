@@ -1,0 +1,288 @@
+"""A solver as data: one row of float64 coefficients a step, executed by ``ops.reverse_step``.
+
+A row, with one model evaluation, says::
+
+    m  = guidance(model outputs)
+    d  = clip(p*x + q*m)
+    x' = sum of a[term] * term         y' = sum of b[term] * term     (two-output rows only)
+    history <- push d                                                  (where the row says so)
+    model_input = c_in * x'
+
+over the terms of `TERMS`. Noise is no slot: a row names the counters of its draws, so a later row
+can draw the same noise again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+# The terms of a row in their order of summation; equal to FdTerm in csrc/step.h.
+TERMS = ("x", "y", "m", "d", "h0", "h1", "h2", "h3", "n1", "n2", "u")
+HISTORY_SLOTS = 4
+
+# Positions in a packed row; equal to FdRowFloat and FdRowInt in csrc/step.h.
+P, Q, A, B, C_IN, LV_SCALE, LV_SHIFT, ROW_FLOATS = 0, 1, 2, 13, 24, 25, 26, 28
+FLAGS, PUSH, STREAM1, COUNTER1, STREAM2, COUNTER2, ROW_INTS = 0, 1, 2, 3, 4, 5, 8
+EVALUATES, LEARNED_VARIANCE = 1, 2
+
+_NO_DRAW = (0, 0)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row as a solver writes it, in float64.
+
+    Args:
+        x: coefficients of x' by term name; ``h0`` is the newest pushed prediction, ``h3`` the
+            oldest (ages, not memory slots).
+        y: coefficients of y' by term name, or None where the anchor state stays as it is.
+        time: model time of the evaluation, NaN for a row without one.
+        alpha, sigma: of the state before the row (``x = alpha*x0 + sigma*noise``).
+        convert: (p, q) of the converted prediction ``d = p*x + q*m``.
+        push: whether d enters the history.
+        draws: up to two (stream, counter) pairs, of the terms n1 and n2.
+        log_variance: (scale, shift): n1 is multiplied by ``exp(scale*v + shift)`` with v the
+            model's variance output (Nichol and Dhariwal 2021, eq. 15).
+        evaluates: False for a row without a model call (re-noising, an analytic first step).
+        c_in: the model input of this row is ``c_in * x``.
+    """
+
+    x: Mapping[str, float]
+    y: Mapping[str, float] | None = None
+    time: float = float("nan")
+    alpha: float = 1.0
+    sigma: float = 0.0
+    convert: tuple[float, float] = (0.0, 1.0)
+    push: bool = False
+    draws: tuple[tuple[int, int], ...] = ()
+    log_variance: tuple[float, float] | None = None
+    evaluates: bool = True
+    c_in: float = 1.0
+
+
+class Needs(NamedTuple):
+    """What a row reads and writes besides x, so that a caller can check before it runs."""
+
+    output: bool
+    uncond: bool
+    variance: bool
+    anchor: bool
+    writes_anchor: bool
+    history: int
+    seeds: bool
+
+
+class Packed(NamedTuple):
+    """Rows in the precision of the state, on one device: the kernel's view of a table."""
+
+    floats: torch.Tensor  # (rows, ROW_FLOATS)
+    ints: torch.Tensor  # (rows, ROW_INTS) int32
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """The rows of one solver on one noise schedule, validated when built.
+
+    Attributes:
+        name: solver name, as in ``fastdiff.solvers.SOLVERS``.
+        prediction: what the model predicts (epsilon, sample, v_prediction, flow, edm).
+        rows: the rows as the solver wrote them.
+        init_sigma: standard deviation of the initial state (dimensionless).
+        order: stated order of convergence.
+        floats: (rows, ROW_FLOATS) float64, history by memory slot; read-only.
+        ints: (rows, ROW_INTS) int32; read-only.
+
+    Raises:
+        ValueError: a row reads what no earlier row wrote, or holds a NaN or an infinity.
+    """
+
+    name: str
+    rows: tuple[Row, ...]
+    prediction: str = "epsilon"
+    init_sigma: float = 1.0
+    order: int = 1
+    floats: np.ndarray = field(init=False, repr=False, compare=False)
+    ints: np.ndarray = field(init=False, repr=False, compare=False)
+    needs: tuple[Needs, ...] = field(init=False, repr=False, compare=False)
+    depth: int = field(init=False)
+    _packed: dict[tuple[bool, torch.device, torch.dtype], Packed] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
+
+    def __post_init__(self) -> None:
+        rows = tuple(self.rows)
+        if not rows:
+            raise ValueError("StepTable: rows must not be empty, got 0 rows")
+        if not (np.isfinite(self.init_sigma) and self.init_sigma >= 0):
+            raise ValueError(
+                f"StepTable: init_sigma must be finite and not negative, got {self.init_sigma}"
+            )
+        depth = max((_age(k) + 1 for row in rows for k in _used(row) if k[0] == "h"), default=0)
+        floats = np.zeros((len(rows), ROW_FLOATS))
+        ints = np.zeros((len(rows), ROW_INTS), dtype=np.int32)
+        pushed, anchored = 0, False
+        push_row: list[int] = []
+        read: set[int] = set()
+        for i, row in enumerate(rows):
+            _check(self.name, i, row, pushed, anchored)
+            _write(floats[i], ints[i], row, pushed, depth)
+            read.update(pushed - 1 - _age(k) for k in _used(row) if k[0] == "h")
+            if row.push:
+                push_row.append(i)
+                pushed += 1
+            anchored |= row.y is not None
+        for k, i in enumerate(push_row):
+            if k not in read:  # nobody reads it: spare the write
+                ints[i, PUSH] = -1
+        if not np.isfinite(floats).all():
+            bad = int(np.argwhere(~np.isfinite(floats))[0, 0])
+            raise ValueError(f"StepTable: row {bad} of {self.name} must be finite, got {rows[bad]}")
+        floats.setflags(write=False)
+        ints.setflags(write=False)
+        for key, value in (
+            ("rows", rows),
+            ("floats", floats),
+            ("ints", ints),
+            ("depth", depth),
+            (
+                "needs",
+                tuple(
+                    _needs(row, depth, int(p)) for row, p in zip(rows, ints[:, PUSH], strict=True)
+                ),
+            ),
+        ):
+            object.__setattr__(self, key, value)
+
+    @property
+    def times(self) -> np.ndarray:
+        """(rows,) float64 model time of each row, NaN where the row does not evaluate."""
+        return np.array([row.time for row in self.rows])
+
+    @property
+    def alphas(self) -> np.ndarray:
+        """(rows,) float64 signal scale of the state before each row."""
+        return np.array([row.alpha for row in self.rows])
+
+    @property
+    def sigmas(self) -> np.ndarray:
+        """(rows,) float64 noise scale of the state before each row."""
+        return np.array([row.sigma for row in self.rows])
+
+    @property
+    def nfe(self) -> int:
+        """Number of model evaluations of the whole table."""
+        return sum(row.evaluates for row in self.rows)
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether any row draws noise."""
+        return any(need.seeds for need in self.needs)
+
+    @property
+    def anchored(self) -> bool:
+        """Whether any row keeps a second state y."""
+        return any(need.anchor or need.writes_anchor for need in self.needs)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def packed(
+        self,
+        device: torch.device | str = "cpu",
+        *,
+        clip: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> Packed:
+        """The rows rounded once to ``dtype`` on ``device``; made on first use, then kept.
+
+        Without clipping the converted prediction is affine in x and m, so where no row pushes it
+        it is folded into their coefficients, in float64: fewer roundings and no second pass.
+        """
+        key = (clip, device if isinstance(device, torch.device) else torch.device(device), dtype)
+        found = self._packed.get(key)
+        if found is None:
+            floats = self.floats.copy()
+            if not clip:
+                fold = self.ints[:, PUSH] < 0
+                for start in (A, B):
+                    d = floats[:, start + TERMS.index("d")]
+                    floats[fold, start + TERMS.index("x")] += (d * floats[:, P])[fold]
+                    floats[fold, start + TERMS.index("m")] += (d * floats[:, Q])[fold]
+                    d[fold] = 0.0
+            found = self._packed[key] = Packed(
+                torch.from_numpy(floats).to(key[1], dtype),
+                torch.from_numpy(self.ints.copy()).to(key[1]),
+            )
+        return found
+
+
+def _age(term: str) -> int:
+    return int(term[1:])
+
+
+def _used(row: Row) -> list[str]:
+    return [k for out in (row.x, row.y or {}) for k, c in out.items() if c != 0.0]
+
+
+def _check(name: str, i: int, row: Row, pushed: int, anchored: bool) -> None:
+    where = f"StepTable: row {i} of {name} must"
+    used = _used(row)
+    for out in (row.x, row.y or {}):
+        unknown = sorted(set(out) - set(TERMS))
+        if unknown:
+            raise ValueError(f"{where} use terms among {', '.join(TERMS)}, got {unknown[0]!r}")
+    for term in used:
+        if term[0] == "h" and _age(term) >= min(pushed, HISTORY_SLOTS):
+            raise ValueError(f"{where} read history that was pushed, got {term} after {pushed}")
+        if term == "y" and not anchored:
+            raise ValueError(f"{where} read an anchor that was written, got y before any")
+        if term in ("m", "d", "u") and not row.evaluates:
+            raise ValueError(f"{where} evaluate the model to read its output, got {term}")
+        if term in ("n1", "n2") and len(row.draws) < _age(term):
+            raise ValueError(f"{where} name the counter of each draw, got {term} without one")
+    if row.y is not None and not any(row.y.values()):
+        raise ValueError(f"{where} give y a non-zero coefficient or leave it None, got {row.y}")
+    if len(row.draws) > 2:
+        raise ValueError(f"{where} draw noise at most twice, got {len(row.draws)} draws")
+    if row.push and not row.evaluates:
+        raise ValueError(f"{where} evaluate the model to push a prediction, got push=True")
+    if row.evaluates and not np.isfinite(row.time):
+        raise ValueError(f"{where} have a finite time to evaluate the model at, got {row.time}")
+
+
+def _write(floats: np.ndarray, ints: np.ndarray, row: Row, pushed: int, depth: int) -> None:
+    floats[P], floats[Q] = row.convert
+    for start, out in ((A, row.x), (B, row.y or {})):
+        for term, c in out.items():
+            if term[0] == "h":
+                if c != 0.0:
+                    floats[start + TERMS.index("h0") + (pushed - 1 - _age(term)) % depth] += c
+            else:
+                floats[start + TERMS.index(term)] = c
+    floats[C_IN] = row.c_in
+    ints[PUSH] = pushed % depth if row.push and depth else -1
+    draws = (*row.draws, _NO_DRAW, _NO_DRAW)
+    ints[STREAM1], ints[COUNTER1] = draws[0]
+    ints[STREAM2], ints[COUNTER2] = draws[1]
+    ints[FLAGS] = EVALUATES if row.evaluates else 0
+    if row.log_variance is not None:
+        floats[LV_SCALE], floats[LV_SHIFT] = row.log_variance
+        ints[FLAGS] |= LEARNED_VARIANCE
+
+
+def _needs(row: Row, depth: int, push: int) -> Needs:
+    used = _used(row)
+    return Needs(
+        output=row.evaluates,
+        uncond="u" in used,
+        variance=row.log_variance is not None and "n1" in used,
+        anchor="y" in used,
+        writes_anchor=row.y is not None,
+        history=depth if push >= 0 or any(t[0] == "h" for t in used) else 0,
+        seeds="n1" in used or "n2" in used,
+    )
