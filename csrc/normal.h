@@ -65,10 +65,11 @@ FD_INLINE void fd_unit_circle(uint32_t word, float& cosine, float& sine) {
   c = c * x2 + 0.01585020124912262f;
   c = c * x2 + -0.3084244132041931f;
   c = c * x2 + 1.0f;
-  const uint32_t quadrant = (word + 0x20000000u) >> 30;
-  const bool swap = (quadrant & 1u) != 0u;
-  const uint32_t cos_sign = ((quadrant + 1u) & 2u) << 30;
-  const uint32_t sin_sign = (quadrant & 2u) << 30;
+  // quadrant = (word + 2^29) >> 30; its bits are read where they stand
+  const uint32_t near = word + 0x20000000u;
+  const bool swap = (near & 0x40000000u) != 0u;
+  const uint32_t cos_sign = (near + 0x40000000u) & 0x80000000u;
+  const uint32_t sin_sign = near & 0x80000000u;
   cosine = fd_as_float(fd_as_uint(swap ? s : c) ^ cos_sign);
   sine = fd_as_float(fd_as_uint(swap ? c : s) ^ sin_sign);
 }

@@ -5,18 +5,24 @@ A solver is a table (`solvers.build`), one fused kernel runs any row of any tabl
 step and element (`randn`).
 """
 
-from fastdiff import ops, schedules
+from fastdiff import ops, schedules, solvers
 from fastdiff.backends import BackendError, use_backend
-from fastdiff.ops import randn
+from fastdiff.checkpoints import load
+from fastdiff.ops import explain, randn
+from fastdiff.sampler import Sampler
 from fastdiff.table import StepTable
 from fastdiff.version import __version__
 
 __all__ = [
     "BackendError",
+    "Sampler",
     "StepTable",
     "__version__",
+    "explain",
+    "load",
     "ops",
     "randn",
     "schedules",
+    "solvers",
     "use_backend",
 ]

@@ -6,7 +6,7 @@ A row, with one model evaluation, says::
     d  = clip(p*x + q*m)
     x' = sum of a[term] * term         y' = sum of b[term] * term     (two-output rows only)
     history <- push d                                                  (where the row says so)
-    model_input = c_in * x'
+    model_input = c_in of the next row * x'
 
 over the terms of `TERMS`. Noise is no slot: a row names the counters of its draws, so a later row
 can draw the same noise again.
@@ -94,6 +94,7 @@ class StepTable:
         rows: the rows as the solver wrote them.
         init_sigma: standard deviation of the initial state (dimensionless).
         order: stated order of convergence.
+        sigma_data: standard deviation of the data, for the "edm" prediction.
         floats: (rows, ROW_FLOATS) float64, history by memory slot; read-only.
         ints: (rows, ROW_INTS) int32; read-only.
 
@@ -106,6 +107,7 @@ class StepTable:
     prediction: str = "epsilon"
     init_sigma: float = 1.0
     order: int = 1
+    sigma_data: float = 0.5
     floats: np.ndarray = field(init=False, repr=False, compare=False)
     ints: np.ndarray = field(init=False, repr=False, compare=False)
     needs: tuple[Needs, ...] = field(init=False, repr=False, compare=False)
@@ -136,6 +138,8 @@ class StepTable:
                 push_row.append(i)
                 pushed += 1
             anchored |= row.y is not None
+        # the kernel writes the input of the model call that follows
+        floats[:, C_IN] = [row.c_in for row in rows[1:]] + [1.0]
         for k, i in enumerate(push_row):
             if k not in read:  # nobody reads it: spare the write
                 ints[i, PUSH] = -1
@@ -264,7 +268,6 @@ def _write(floats: np.ndarray, ints: np.ndarray, row: Row, pushed: int, depth: i
                     floats[start + TERMS.index("h0") + (pushed - 1 - _age(term)) % depth] += c
             else:
                 floats[start + TERMS.index(term)] = c
-    floats[C_IN] = row.c_in
     ints[PUSH] = pushed % depth if row.push and depth else -1
     draws = (*row.draws, _NO_DRAW, _NO_DRAW)
     ints[STREAM1], ints[COUNTER1] = draws[0]

@@ -12,7 +12,10 @@ namespace fd {
 namespace FD_ISA {
 namespace {
 
-constexpr int kBatch = 16;  // blocks a batch: 64 normals
+constexpr int kBatch = 16;              // blocks a batch: 64 normals
+constexpr int kGroup = 16 * kBatch;     // blocks a group: 1,024 normals
+using Words4 = uint32_t[4][kGroup];
+using Normals4 = float[4][kGroup];
 
 // Lane p of a batch works on block kBlockOf[p]: in this order the 4 x 4 transposes of
 // `interleave` stay inside 128-bit lanes and their results come out in element order.
@@ -53,7 +56,7 @@ inline void store(uint32_t* p, Words a) { _mm256_storeu_si256(reinterpret_cast<_
 // the product; what is left in the high half is never read. Even lanes of the batch are in `even`,
 // odd ones in `odd`, so packing them again is one shift and one blend.
 inline void philox_batch(const uint32_t* low, const uint32_t* high, uint32_t step, uint32_t stream,
-                         uint32_t k0, uint32_t k1, uint32_t (*words)[kBatch]) {
+                         uint32_t k0, uint32_t k1, Words4& words, int to) {
   constexpr int kLanes = sizeof(Words) / 4;
   const Words m0 = all(0xD2511F53u), m1 = all(0xCD9E8D57u);
   for (int at = 0; at < kBatch; at += kLanes) {
@@ -77,29 +80,29 @@ inline void philox_batch(const uint32_t* low, const uint32_t* high, uint32_t ste
       a += 0x9E3779B9u;
       b += 0xBB67AE85u;
     }
-    for (int w = 0; w < 4; ++w) store(words[w] + at, low_high(even[w], low_to_high(odd[w])));
+    for (int w = 0; w < 4; ++w) store(words[w] + to + at, low_high(even[w], low_to_high(odd[w])));
   }
 }
 #else
 inline void philox_batch(const uint32_t* low, const uint32_t* high, uint32_t step, uint32_t stream,
-                         uint32_t k0, uint32_t k1, uint32_t (*words)[kBatch]) {
+                         uint32_t k0, uint32_t k1, Words4& words, int to) {
 #pragma omp simd
   for (int i = 0; i < kBatch; ++i) {
     uint32_t w0 = low[i], w1 = high[i], w2 = step, w3 = stream;
     fd_philox4x32_10(w0, w1, w2, w3, k0, k1);
-    words[0][i] = w0;
-    words[1][i] = w1;
-    words[2][i] = w2;
-    words[3][i] = w3;
+    words[0][to + i] = w0;
+    words[1][to + i] = w1;
+    words[2][to + i] = w2;
+    words[3][to + i] = w3;
   }
 }
 #endif
 
-// z[k][p] is normal k of block kBlockOf[p]; out takes the 64 normals in element order.
-inline void interleave(const float (*z)[kBatch], float* out) {
+// z[k][from + p] is normal k of block kBlockOf[p]; out takes the 64 normals in element order.
+inline void interleave(const Normals4& z, int from, float* out) {
 #if defined(__AVX512F__)
-  const __m512 a = _mm512_loadu_ps(z[0]), b = _mm512_loadu_ps(z[1]);
-  const __m512 c = _mm512_loadu_ps(z[2]), d = _mm512_loadu_ps(z[3]);
+  const __m512 a = _mm512_loadu_ps(z[0] + from), b = _mm512_loadu_ps(z[1] + from);
+  const __m512 c = _mm512_loadu_ps(z[2] + from), d = _mm512_loadu_ps(z[3] + from);
   const __m512d ab0 = _mm512_castps_pd(_mm512_unpacklo_ps(a, b));
   const __m512d ab1 = _mm512_castps_pd(_mm512_unpackhi_ps(a, b));
   const __m512d cd0 = _mm512_castps_pd(_mm512_unpacklo_ps(c, d));
@@ -110,8 +113,8 @@ inline void interleave(const float (*z)[kBatch], float* out) {
   _mm512_storeu_ps(out + 48, _mm512_castpd_ps(_mm512_unpackhi_pd(ab1, cd1)));
 #elif defined(__AVX2__)
   for (int at = 0; at < kBatch; at += 8) {
-    const __m256 a = _mm256_loadu_ps(z[0] + at), b = _mm256_loadu_ps(z[1] + at);
-    const __m256 c = _mm256_loadu_ps(z[2] + at), d = _mm256_loadu_ps(z[3] + at);
+    const __m256 a = _mm256_loadu_ps(z[0] + from + at), b = _mm256_loadu_ps(z[1] + from + at);
+    const __m256 c = _mm256_loadu_ps(z[2] + from + at), d = _mm256_loadu_ps(z[3] + from + at);
     const __m256d ab0 = _mm256_castps_pd(_mm256_unpacklo_ps(a, b));
     const __m256d ab1 = _mm256_castps_pd(_mm256_unpackhi_ps(a, b));
     const __m256d cd0 = _mm256_castps_pd(_mm256_unpacklo_ps(c, d));
@@ -124,45 +127,60 @@ inline void interleave(const float (*z)[kBatch], float* out) {
   }
 #else
   for (int p = 0; p < kBatch; ++p)
-    for (int k = 0; k < 4; ++k) out[4 * kBlockOf[p] + k] = z[k][p];
+    for (int k = 0; k < 4; ++k) out[4 * kBlockOf[p] + k] = z[k][from + p];
 #endif
 }
 
-// 64 normals of 16 consecutive blocks, in element order.
-inline void normal_batch(uint64_t seed, uint32_t stream, uint32_t step, uint64_t first_block,
-                         float* out) {
-  uint32_t low[kBatch], high[kBatch], words[4][kBatch];
-  const uint32_t first = static_cast<uint32_t>(first_block);
-  const uint32_t carry = static_cast<uint32_t>(first_block >> 32);
+// 64 * batches normals of consecutive blocks, at most kGroup of them, in element order.
+//
+// Three loops over a buffer in L1 instead of one over registers: a batch from counter to normal is
+// one chain of some 180 cycles, longer than the processor looks ahead, while the iterations of
+// each of these loops are short and overlap.
+inline void normal_batches(uint64_t seed, uint32_t stream, uint32_t step, uint64_t first_block,
+                           int batches, float* out) {
+  Words4 words;
+  for (int b = 0; b < batches; ++b) {
+    const uint64_t block = first_block + static_cast<uint64_t>(b) * kBatch;
+    const uint32_t first = static_cast<uint32_t>(block);
+    const uint32_t carry = static_cast<uint32_t>(block >> 32);
+    uint32_t low[kBatch], high[kBatch];
 #pragma omp simd
-  for (int p = 0; p < kBatch; ++p) {
-    low[p] = first + kBlockOf[p];
-    high[p] = carry + (low[p] < first ? 1u : 0u);
+    for (int p = 0; p < kBatch; ++p) {
+      low[p] = first + kBlockOf[p];
+      high[p] = carry + (low[p] < first ? 1u : 0u);
+    }
+    philox_batch(low, high, step, stream, static_cast<uint32_t>(seed),
+                 static_cast<uint32_t>(seed >> 32), words, b * kBatch);
   }
-  philox_batch(low, high, step, stream, static_cast<uint32_t>(seed),
-               static_cast<uint32_t>(seed >> 32), words);
-  float z[4][kBatch];
+  Normals4 z;
+  for (int pair = 0; pair < 4; pair += 2) {
 #pragma omp simd
-  for (int p = 0; p < kBatch; ++p) fd_box_muller(words[0][p], words[1][p], z[0][p], z[1][p]);
-#pragma omp simd
-  for (int p = 0; p < kBatch; ++p) fd_box_muller(words[2][p], words[3][p], z[2][p], z[3][p]);
-  interleave(z, out);
+    for (int i = 0; i < batches * kBatch; ++i)
+      fd_box_muller(words[pair][i], words[pair + 1][i], z[pair][i], z[pair + 1][i]);
+  }
+  for (int b = 0; b < batches; ++b) interleave(z, b * kBatch, out + 4 * b * kBatch);
 }
 
 // Normals of the logical elements [first, first + n) of one sample.
 inline void fill_normal(uint64_t seed, uint32_t stream, uint32_t step, int64_t first, int64_t n,
                         float* out) {
+  constexpr int64_t kWidth = 4 * kBatch;
   const int64_t end = first + n;
   int64_t at = first / 4 * 4;
-  for (; at < end; at += 4 * kBatch) {
-    if (at >= first && at + 4 * kBatch <= end) {
-      normal_batch(seed, stream, step, static_cast<uint64_t>(at) / 4, out + (at - first));
+  while (at < end) {
+    const uint64_t block = static_cast<uint64_t>(at) / 4;
+    if (at >= first && at + kWidth <= end) {
+      const int64_t whole = (end - at) / kWidth;
+      const int batches = static_cast<int>(whole < kGroup / kBatch ? whole : kGroup / kBatch);
+      normal_batches(seed, stream, step, block, batches, out + (at - first));
+      at += batches * kWidth;
     } else {
-      float edge[4 * kBatch];
-      normal_batch(seed, stream, step, static_cast<uint64_t>(at) / 4, edge);
+      float edge[kWidth];
+      normal_batches(seed, stream, step, block, 1, edge);
       const int64_t lo = at < first ? first : at;
-      const int64_t hi = at + 4 * kBatch < end ? at + 4 * kBatch : end;
+      const int64_t hi = at + kWidth < end ? at + kWidth : end;
       for (int64_t e = lo; e < hi; ++e) out[e - first] = edge[e - at];
+      at += kWidth;
     }
   }
 }

@@ -1,12 +1,57 @@
 """The operations: contract, argument checks and choice of backend, one file an op."""
 
+from collections.abc import Callable
+from typing import Any
+
+from fastdiff import backends
 from fastdiff.backends import Op
 from fastdiff.ops import noise as _noise
+from fastdiff.ops import reparameterize as _reparameterize
 from fastdiff.ops import reverse_step as _reverse_step
 from fastdiff.ops.noise import Stream, as_seeds, randn
+from fastdiff.ops.reparameterize import reparameterize
 from fastdiff.ops.reverse_step import reverse_step
 
 # Every op by name; a test walks it and fails where a folder lacks a listed file.
-OPS: dict[str, Op] = {op.name: op for op in (_noise.OP, _reverse_step.OP)}
+OPS: dict[str, Op] = {op.name: op for op in (_noise.OP, _reparameterize.OP, _reverse_step.OP)}
 
-__all__ = ["OPS", "Stream", "as_seeds", "randn", "reverse_step"]
+_PREPARE: dict[str, Callable[..., Any]] = {
+    "noise": _noise.prepare,
+    "reparameterize": _reparameterize.prepare,
+    "reverse_step": _reverse_step.prepare,
+}
+
+
+def describe(op: str, *args: Any, **kwargs: Any) -> dict[str, str]:
+    """Backend name -> "chosen", "able" or the reason why it refuses these arguments.
+
+    Args:
+        op: a name of `OPS`; the arguments are those of the op ("noise": of `randn`).
+
+    Raises:
+        ValueError: no such op. TypeError, ValueError: the op refuses the arguments.
+    """
+    if op not in OPS:
+        raise ValueError(f"explain: op must be one of {', '.join(OPS)}, got {op!r}")
+    return backends.describe(OPS[op], _PREPARE[op](*args, **kwargs))
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> None:
+    """Print which backend runs the op on these arguments, and why not the others.
+
+    Args and errors: as `describe`.
+    """
+    for name, answer in describe(op, *args, **kwargs).items():
+        print(f"{op}: {name:<10} {answer}")
+
+
+__all__ = [
+    "OPS",
+    "Stream",
+    "as_seeds",
+    "describe",
+    "explain",
+    "randn",
+    "reparameterize",
+    "reverse_step",
+]

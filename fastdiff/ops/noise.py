@@ -156,6 +156,31 @@ def _check_counter(name: str, value: Any) -> int:
     return int(value)
 
 
+def prepare(
+    seeds: Any,
+    shape: Sequence[int],
+    *,
+    step: int = 0,
+    stream: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    out: torch.Tensor | None = None,
+) -> Draw:
+    """The arguments of `randn`, checked, with its output allocated."""
+    values = as_seeds(seeds, where="randn")
+    step, stream = _check_counter("step", step), _check_counter("stream", stream)
+    full = (values.shape[0], *shape)
+    if any(n < 0 for n in full):
+        raise ValueError(f"randn: shape must not be negative, got {tuple(shape)}")
+    if out is None:
+        if not dtype.is_floating_point:
+            raise TypeError(f"randn: dtype must be a floating-point type, got {dtype}")
+        out = torch.empty(full, dtype=dtype, device=device)
+    elif out.shape != full:
+        raise ValueError(f"randn: out must have shape {full}, got {tuple(out.shape)}")
+    return Draw(values.to(out.device), step, stream, out)
+
+
 def randn(
     seeds: Any,
     shape: Sequence[int],
@@ -184,18 +209,6 @@ def randn(
         TypeError, ValueError: an argument breaks its rule.
         BackendError: the forced backend cannot do it.
     """
-    values = as_seeds(seeds, where="randn")
-    step, stream = _check_counter("step", step), _check_counter("stream", stream)
-    full = (values.shape[0], *shape)
-    if any(n < 0 for n in full):
-        raise ValueError(f"randn: shape must not be negative, got {tuple(shape)}")
-    if out is None:
-        if not dtype.is_floating_point:
-            raise TypeError(f"randn: dtype must be a floating-point type, got {dtype}")
-        out = torch.empty(full, dtype=dtype, device=device)
-    elif out.shape != full:
-        raise ValueError(f"randn: out must have shape {full}, got {tuple(out.shape)}")
-    draw = Draw(values.to(out.device), step, stream, out)
-    _, implementation = choose(OP, draw)
-    implementation(draw)
-    return out
+    draw = prepare(seeds, shape, step=step, stream=stream, dtype=dtype, device=device, out=out)
+    choose(OP, draw)[1](draw)
+    return draw.out

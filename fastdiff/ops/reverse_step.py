@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,8 +11,19 @@ import torch
 from fastdiff.backends import Implementation, Op, choose
 from fastdiff.ops import _native
 from fastdiff.ops._layout import channels, memory_format
+from fastdiff.ops._step_checks import (
+    check_history,
+    check_rows,
+    check_seeds,
+    in_place,
+    joined,
+    kind,
+    ordered,
+    require,
+    weight,
+)
 from fastdiff.reference.reverse_step import reference_row
-from fastdiff.table import C_IN, PUSH, Needs, Packed, StepTable
+from fastdiff.table import C_IN, PUSH, Packed, StepTable
 
 
 class Step(NamedTuple):
@@ -181,51 +191,88 @@ OP = Op(
 # --- the op ---------------------------------------------------------------------------------
 
 
-def _require(
-    name: str, t: torch.Tensor | None, x: torch.Tensor, why: str, dtype: torch.dtype | None = None
-) -> torch.Tensor:
-    if t is None:
-        raise ValueError(f"reverse_step: {name} must be given, {why}, got None")
-    if t.shape != x.shape:
-        raise ValueError(
-            f"reverse_step: {name} must have the shape of x {tuple(x.shape)}, got {tuple(t.shape)}"
-        )
-    if t.device != x.device:
-        raise ValueError(
-            f"reverse_step: {name} must be on the device of x {x.device}, got {t.device}"
-        )
-    if dtype is not None and t.dtype != dtype:
-        raise TypeError(f"reverse_step: {name} must be {dtype}, got {t.dtype}")
-    return t
-
-
-def _ordered(t: torch.Tensor, fmt: torch.memory_format) -> torch.Tensor:
-    """The tensor, or a copy whose samples have the memory order of the state."""
-    if t.is_contiguous(memory_format=fmt) or (len(t) and t[:1].is_contiguous(memory_format=fmt)):
-        return t
-    return t.contiguous(memory_format=fmt)
-
-
-def _in_place(name: str, t: torch.Tensor, fmt: torch.memory_format) -> None:
-    if not t.is_contiguous(memory_format=fmt):
-        raise ValueError(
-            f"reverse_step: {name} must have the memory order of x, got strides {t.stride()}"
-        )
-
-
-def _weight(name: str, value: float | torch.Tensor, x: torch.Tensor) -> float | torch.Tensor:
-    if isinstance(value, torch.Tensor):
-        if value.shape != x.shape[:1]:
-            raise ValueError(
-                f"reverse_step: {name} must be a number or one a sample ({len(x)},), "
-                f"got {tuple(value.shape)}"
-            )
-        return value.to(x.device, torch.float32).contiguous()
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"reverse_step: {name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"reverse_step: {name} must be finite, got {value}")
-    return value
+def prepare(
+    x: torch.Tensor,
+    output: torch.Tensor | None,
+    table: StepTable,
+    row: int | torch.Tensor,
+    *,
+    uncond: torch.Tensor | None = None,
+    guidance: float | torch.Tensor = 1.0,
+    clip: float | torch.Tensor | None = None,
+    variance: torch.Tensor | None = None,
+    y: torch.Tensor | None = None,
+    history: torch.Tensor | None = None,
+    seeds: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    model_input: torch.Tensor | None = None,
+) -> Step:
+    """The arguments of `reverse_step`, checked; nothing is written."""
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        raise TypeError(f"reverse_step: x must be a floating-point tensor, got {kind(x)}")
+    fmt = memory_format(x)
+    if fmt is None:
+        fmt = torch.contiguous_format
+        x = x.contiguous()
+    rows: torch.Tensor | None = None
+    if isinstance(row, torch.Tensor):
+        rows = check_rows(row, table, x)
+        needs, row = joined(table, rows), 0
+    else:
+        if not 0 <= row < len(table.rows):
+            raise ValueError(f"reverse_step: row must lie in [0, {len(table.rows)}), got {row}")
+        needs = table.needs[row]
+    if needs.output:
+        output = ordered(require("output", output, x, "the row evaluates the model"), fmt)
+        if uncond is not None or needs.uncond:
+            uncond = require("uncond", uncond, x, "the row reads it", output.dtype)
+            uncond = ordered(uncond, fmt)
+    else:
+        output = uncond = None
+    if needs.variance:
+        variance = require("variance", variance, x, "its variance is learned", output.dtype)  # type: ignore[union-attr]
+        variance = ordered(variance, fmt)
+    else:
+        variance = None
+    if needs.anchor or needs.writes_anchor:
+        y = require("y", y, x, "the row uses the anchor state", x.dtype)
+        in_place("y", y, fmt)
+    else:
+        y = None
+    history = check_history(history, needs.history, x, fmt) if needs.history else None
+    if needs.seeds:
+        seeds = check_seeds(seeds, x)
+    if uncond is not None or isinstance(guidance, torch.Tensor):
+        guidance = weight("guidance", guidance, x)
+    if clip is not None:
+        clip = weight("clip", clip, x)
+        if not isinstance(clip, torch.Tensor) and clip < 0:
+            raise ValueError(f"reverse_step: clip must not be negative, got {clip}")
+    if out is None:
+        out = torch.empty_like(x)
+    else:
+        require("out", out, x, "", x.dtype)
+        in_place("out", out, fmt)
+    if model_input is not None:
+        require("model_input", model_input, x, "")
+        in_place("model_input", model_input, fmt)
+    return Step(
+        x,
+        output,
+        uncond,
+        variance,
+        y,
+        history,
+        table.packed(x.device, clip=clip is not None, dtype=x.dtype),
+        row,
+        rows,
+        seeds,
+        guidance,
+        clip,
+        out,
+        model_input,
+        fmt,
+    )
 
 
 def reverse_step(
@@ -270,123 +317,20 @@ def reverse_step(
         TypeError, ValueError: an argument breaks its rule; nothing has been written.
         BackendError: the forced backend cannot do it.
     """
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-        raise TypeError(f"reverse_step: x must be a floating-point tensor, got {_kind(x)}")
-    fmt = memory_format(x)
-    if fmt is None:
-        fmt = torch.contiguous_format
-        x = x.contiguous()
-    rows: torch.Tensor | None = None
-    if isinstance(row, torch.Tensor):
-        rows = _check_rows(row, table, x)
-        needs, row = _joined(table, rows), 0
-    else:
-        if not 0 <= row < len(table.rows):
-            raise ValueError(f"reverse_step: row must lie in [0, {len(table.rows)}), got {row}")
-        needs = table.needs[row]
-    if needs.output:
-        output = _ordered(_require("output", output, x, "the row evaluates the model"), fmt)
-        if uncond is not None or needs.uncond:
-            uncond = _require("uncond", uncond, x, "the row reads it", output.dtype)
-            uncond = _ordered(uncond, fmt)
-    else:
-        output = uncond = None
-    if needs.variance:
-        variance = _require("variance", variance, x, "its variance is learned", output.dtype)  # type: ignore[union-attr]
-        variance = _ordered(variance, fmt)
-    else:
-        variance = None
-    if needs.anchor or needs.writes_anchor:
-        y = _require("y", y, x, "the row uses the anchor state", x.dtype)
-        _in_place("y", y, fmt)
-    else:
-        y = None
-    history = _check_history(history, needs.history, x, fmt) if needs.history else None
-    if needs.seeds:
-        seeds = _check_seeds(seeds, x)
-    if uncond is not None or isinstance(guidance, torch.Tensor):
-        guidance = _weight("guidance", guidance, x)
-    if clip is not None:
-        clip = _weight("clip", clip, x)
-        if not isinstance(clip, torch.Tensor) and clip < 0:
-            raise ValueError(f"reverse_step: clip must not be negative, got {clip}")
-    if out is None:
-        out = torch.empty_like(x)
-    else:
-        _require("out", out, x, "", x.dtype)
-        _in_place("out", out, fmt)
-    if model_input is not None:
-        _require("model_input", model_input, x, "")
-        _in_place("model_input", model_input, fmt)
-    step = Step(
+    step = prepare(
         x,
         output,
-        uncond,
-        variance,
-        y,
-        history,
-        table.packed(x.device, clip=clip is not None, dtype=x.dtype),
+        table,
         row,
-        rows,
-        seeds,
-        guidance,
-        clip,
-        out,
-        model_input,
-        fmt,
+        uncond=uncond,
+        guidance=guidance,
+        clip=clip,
+        variance=variance,
+        y=y,
+        history=history,
+        seeds=seeds,
+        out=out,
+        model_input=model_input,
     )
     choose(OP, step)[1](step)
-    return out
-
-
-def _kind(x: object) -> str:
-    return str(x.dtype) if isinstance(x, torch.Tensor) else type(x).__name__
-
-
-def _check_rows(rows: torch.Tensor, table: StepTable, x: torch.Tensor) -> torch.Tensor:
-    if rows.dtype != torch.int64 or rows.shape != x.shape[:1]:
-        raise ValueError(
-            f"reverse_step: row must be an int or an int64 tensor ({len(x)},), "
-            f"got {rows.dtype} {tuple(rows.shape)}"
-        )
-    if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < len(table.rows)):
-        raise ValueError(
-            f"reverse_step: row must lie in [0, {len(table.rows)}), got {rows.tolist()}"
-        )
-    return rows.to(x.device).contiguous()
-
-
-def _joined(table: StepTable, rows: torch.Tensor) -> Needs:
-    """What any of the rows needs."""
-    each = [table.needs[i] for i in set(rows.tolist())] or [table.needs[0]]
-    return Needs(*(max(values) for values in zip(*each, strict=True)))
-
-
-def _check_history(
-    history: torch.Tensor | None, depth: int, x: torch.Tensor, fmt: torch.memory_format
-) -> torch.Tensor:
-    if history is None:
-        raise ValueError(f"reverse_step: history must have {depth} slots, got None")
-    if history.shape[1:] != x.shape or history.shape[0] < depth:
-        raise ValueError(
-            f"reverse_step: history must have shape ({depth}, {', '.join(map(str, x.shape))}), "
-            f"got {tuple(history.shape)}"
-        )
-    if history.dtype != x.dtype or history.device != x.device:
-        raise TypeError(
-            f"reverse_step: history must be {x.dtype} on {x.device}, "
-            f"got {history.dtype} on {history.device}"
-        )
-    _in_place("history", history[0], fmt)
-    return history
-
-
-def _check_seeds(seeds: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
-    if seeds is None:
-        raise ValueError("reverse_step: seeds must be given, the row draws noise, got None")
-    if seeds.dtype != torch.int64 or seeds.shape != x.shape[:1]:
-        raise ValueError(
-            f"reverse_step: seeds must be an int64 tensor ({len(x)},), "
-            f"got {seeds.dtype} {tuple(seeds.shape)}"
-        )
-    return seeds if seeds.device == x.device else seeds.to(x.device)
+    return step.out

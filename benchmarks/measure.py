@@ -1,0 +1,206 @@
+"""Side-by-side timing in one process: functions called in rotation, ratios taken round by round.
+
+A ratio of two medians measured minutes apart says as much about the machine's other jobs as about
+the code, so every function of a comparison runs once a round and a ratio is the median over the
+rounds. On a machine that others use, a thread that loses its core for one scheduler quantum makes
+everybody's call as long as the quantum; `quiet` ratios, of the fastest round of each, say what the
+code costs when that does not happen. Both are reported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+# one timing covers at least this long, so that the clock's own 50 ns do not show
+_LEAST_SECONDS = 200e-6
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Seconds of one call.
+
+    Attributes:
+        samples: one mean time a round, in the order of the rounds.
+        inner: calls a round.
+    """
+
+    samples: tuple[float, ...]
+    inner: int
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def p10(self) -> float:
+        return float(np.quantile(self.samples, 0.1))
+
+    @property
+    def p90(self) -> float:
+        return float(np.quantile(self.samples, 0.9))
+
+    @property
+    def best(self) -> float:
+        return min(self.samples)
+
+    def times(self, other: Stats) -> tuple[float, float, float]:
+        """(median, p10, p90) over the rounds of how many times longer this takes than ``other``."""
+        each = [a / b for a, b in zip(self.samples, other.samples, strict=True)]
+        low, high = np.quantile(each, [0.1, 0.9])
+        return statistics.median(each), float(low), float(high)
+
+
+def _timed(function: Callable[[], object], calls: int) -> float:
+    clock = time.perf_counter
+    start = clock()
+    for _ in range(calls):
+        function()
+    return (clock() - start) / calls
+
+
+def interleaved(
+    functions: dict[str, Callable[[], object]], repeats: int = 31, warmup: int = 3
+) -> dict[str, Stats]:
+    """Times of every function, called in rotation.
+
+    Args:
+        functions: by name; each is called without arguments and its result dropped.
+        repeats: rounds that count.
+        warmup: rounds before them; they also choose how many calls a round a fast function gets.
+    """
+    inner: dict[str, int] = {}
+    for name, function in functions.items():
+        function()  # lazy set-up is nobody's step time
+        once = min(_timed(function, 1) for _ in range(max(1, warmup)))
+        inner[name] = max(1, round(_LEAST_SECONDS / max(once, 1e-9)))
+    for _ in range(warmup):
+        for name, function in functions.items():
+            _timed(function, inner[name])
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    order = list(functions)
+    for _ in range(repeats):
+        for name in order:
+            functions[name]()  # everybody starts on the caches that its own last call left
+            samples[name].append(_timed(functions[name], inner[name]))
+        order.append(order.pop(0))  # nobody always runs on the caches of the same neighbour
+    return {name: Stats(tuple(samples[name]), inner[name]) for name in functions}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    root = Path(__file__).resolve().parent
+    try:
+        head = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True
+        )
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+        )
+    except OSError:
+        return None
+    if head.returncode != 0:
+        return None
+    return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
+
+
+def machine_info() -> dict[str, Any]:
+    """What a reader needs to judge a number: machine, versions, threads, load, commit."""
+    import fastdiff
+    from fastdiff.ops import _native
+
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+        "isa": _native.extension.isa() if _native.extension else None,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "diffusers": _version("diffusers"),
+        "fastdiff": fastdiff.__version__,
+        "commit": _commit(),
+    }
+
+
+def row(
+    case: str,
+    stats: dict[str, Stats],
+    ours: str,
+    targets: dict[str, tuple[str, float]] | None = None,
+    **facts: Any,
+) -> dict[str, Any]:
+    """One JSON row: times of all functions of a case and the ratios to ``ours``.
+
+    Args:
+        ours: the key of ``stats`` that is this library.
+        targets: by peer, ("at least" | "at most", ratio of the peer's time to ours).
+        facts: shape, threads, bytes, ...
+    """
+    times = {
+        name: {
+            "best": s.best,
+            "median": s.median,
+            "p10": s.p10,
+            "p90": s.p90,
+            "rounds": len(s.samples),
+        }
+        for name, s in stats.items()
+    }
+    ratios = {
+        name: {
+            **dict(zip(("median", "p10", "p90"), s.times(stats[ours]), strict=True)),
+            "quiet": s.best / stats[ours].best,
+        }
+        for name, s in stats.items()
+        if name != ours
+    }
+    return {
+        "case": case,
+        "ours": ours,
+        "seconds": times,
+        "ratios": ratios,
+        "targets": {k: list(v) for k, v in (targets or {}).items()},
+        "machine": machine_info(),
+        **facts,
+    }
+
+
+def write_json(path: str | Path, rows: Sequence[dict[str, Any]], command: str) -> None:
+    """Rows to a file, each with the command that made it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stamped = [{**r, "command": command} for r in rows]
+    path.write_text(json.dumps(stamped, indent=1) + "\n")

@@ -1,0 +1,5 @@
+"""``python -m fastdiff``: the command line."""
+
+from fastdiff.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,109 @@
+"""What `reverse_step` asks of its arguments; every rule raises before anything is written."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from fastdiff.table import Needs, StepTable
+
+
+def require(
+    name: str, t: torch.Tensor | None, x: torch.Tensor, why: str, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    if t is None:
+        raise ValueError(f"reverse_step: {name} must be given, {why}, got None")
+    if t.shape != x.shape:
+        raise ValueError(
+            f"reverse_step: {name} must have the shape of x {tuple(x.shape)}, got {tuple(t.shape)}"
+        )
+    if t.device != x.device:
+        raise ValueError(
+            f"reverse_step: {name} must be on the device of x {x.device}, got {t.device}"
+        )
+    if dtype is not None and t.dtype != dtype:
+        raise TypeError(f"reverse_step: {name} must be {dtype}, got {t.dtype}")
+    return t
+
+
+def ordered(t: torch.Tensor, fmt: torch.memory_format) -> torch.Tensor:
+    """The tensor, or a copy whose samples have the memory order of the state."""
+    if t.is_contiguous(memory_format=fmt) or (len(t) and t[:1].is_contiguous(memory_format=fmt)):
+        return t
+    return t.contiguous(memory_format=fmt)
+
+
+def in_place(name: str, t: torch.Tensor, fmt: torch.memory_format) -> None:
+    if not t.is_contiguous(memory_format=fmt):
+        raise ValueError(
+            f"reverse_step: {name} must have the memory order of x, got strides {t.stride()}"
+        )
+
+
+def weight(name: str, value: float | torch.Tensor, x: torch.Tensor) -> float | torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        if value.shape != x.shape[:1]:
+            raise ValueError(
+                f"reverse_step: {name} must be a number or one a sample ({len(x)},), "
+                f"got {tuple(value.shape)}"
+            )
+        return value.to(x.device, torch.float32).contiguous()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"reverse_step: {name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"reverse_step: {name} must be finite, got {value}")
+    return value
+
+
+def kind(x: object) -> str:
+    return str(x.dtype) if isinstance(x, torch.Tensor) else type(x).__name__
+
+
+def check_rows(rows: torch.Tensor, table: StepTable, x: torch.Tensor) -> torch.Tensor:
+    if rows.dtype != torch.int64 or rows.shape != x.shape[:1]:
+        raise ValueError(
+            f"reverse_step: row must be an int or an int64 tensor ({len(x)},), "
+            f"got {rows.dtype} {tuple(rows.shape)}"
+        )
+    if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < len(table.rows)):
+        raise ValueError(
+            f"reverse_step: row must lie in [0, {len(table.rows)}), got {rows.tolist()}"
+        )
+    return rows.to(x.device).contiguous()
+
+
+def joined(table: StepTable, rows: torch.Tensor) -> Needs:
+    """What any of the rows needs."""
+    each = [table.needs[i] for i in set(rows.tolist())] or [table.needs[0]]
+    return Needs(*(max(values) for values in zip(*each, strict=True)))
+
+
+def check_history(
+    history: torch.Tensor | None, depth: int, x: torch.Tensor, fmt: torch.memory_format
+) -> torch.Tensor:
+    if history is None:
+        raise ValueError(f"reverse_step: history must have {depth} slots, got None")
+    if history.shape[1:] != x.shape or history.shape[0] < depth:
+        raise ValueError(
+            f"reverse_step: history must have shape ({depth}, {', '.join(map(str, x.shape))}), "
+            f"got {tuple(history.shape)}"
+        )
+    if history.dtype != x.dtype or history.device != x.device:
+        raise TypeError(
+            f"reverse_step: history must be {x.dtype} on {x.device}, "
+            f"got {history.dtype} on {history.device}"
+        )
+    in_place("history", history[0], fmt)
+    return history
+
+
+def check_seeds(seeds: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    if seeds is None:
+        raise ValueError("reverse_step: seeds must be given, the row draws noise, got None")
+    if seeds.dtype != torch.int64 or seeds.shape != x.shape[:1]:
+        raise ValueError(
+            f"reverse_step: seeds must be an int64 tensor ({len(x)},), "
+            f"got {seeds.dtype} {tuple(seeds.shape)}"
+        )
+    return seeds if seeds.device == x.device else seeds.to(x.device)

@@ -1,0 +1,415 @@
+"""Reparameterized sampling: z = mu + exp(logvar / 2) eps and its KL divergence, in one pass.
+
+Kingma and Welling, "Auto-Encoding Variational Bayes", ICLR 2014, equation 10 and appendix B. The
+noise is a function of the seed, so the backward pass draws it anew: nothing is stored for it but
+mu, logvar and the seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.autograd import forward_ad
+
+from fastdiff.backends import Implementation, Op, choose, forced, use_backend
+from fastdiff.ops import _native
+from fastdiff.ops.noise import Stream, as_seeds
+from fastdiff.reference import reparameterize as reference
+from fastdiff.reference.noise import normals
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_REFERENCE_ONLY = "dtype must be float32, bfloat16 or float16, got {}"
+
+
+class Reparameterize(NamedTuple):
+    """Checked arguments of the forward pass, contiguous; backends fill ``z`` and ``kl``."""
+
+    mu: torch.Tensor
+    logvar: torch.Tensor
+    seeds: torch.Tensor
+    step: int
+    stream: int
+    z: torch.Tensor
+    kl: torch.Tensor
+
+
+class ReparameterizeBackward(NamedTuple):
+    """Checked arguments of the backward pass, contiguous; backends fill the two gradients."""
+
+    grad_z: torch.Tensor | None
+    grad_kl: torch.Tensor | None
+    mu: torch.Tensor
+    logvar: torch.Tensor
+    seeds: torch.Tensor
+    step: int
+    stream: int
+    grad_mu: torch.Tensor
+    grad_logvar: torch.Tensor
+
+
+Call = Reparameterize | ReparameterizeBackward
+
+
+# --- backends -------------------------------------------------------------------------------
+
+
+def _size(mu: torch.Tensor) -> int:
+    return mu.numel() // mu.shape[0] if mu.shape[0] else 0
+
+
+def _noise(call: Call) -> torch.Tensor:
+    seeds = call.seeds.cpu().numpy().view(np.uint64)
+    eps = torch.from_numpy(normals(seeds, _size(call.mu), call.step, call.stream))
+    return eps.view(call.mu.shape).to(call.mu.device)
+
+
+def _reference(call: Reparameterize) -> None:
+    z, kl = reference.reparameterize(call.mu, call.logvar, _noise(call))
+    call.z.copy_(z)
+    call.kl.copy_(kl)
+
+
+def _reference_backward(call: ReparameterizeBackward) -> None:
+    grad_mu, grad_logvar = reference.reparameterize_backward(
+        call.grad_z, call.grad_kl, call.mu, call.logvar, _noise(call)
+    )
+    call.grad_mu.copy_(grad_mu)
+    call.grad_logvar.copy_(grad_logvar)
+
+
+def _cpu(call: Reparameterize) -> None:
+    mu = call.mu
+    _native.extension.reparameterize(
+        mu.data_ptr(),
+        call.logvar.data_ptr(),
+        _native.DTYPES[mu.dtype],
+        call.seeds.data_ptr(),
+        call.step,
+        call.stream,
+        mu.shape[0],
+        _size(mu),
+        call.z.data_ptr(),
+        call.kl.data_ptr(),
+    )
+
+
+def _cpu_backward(call: ReparameterizeBackward) -> None:
+    mu = call.mu
+    _native.extension.reparameterize_backward(
+        _native.address(call.grad_z),
+        _native.address(call.grad_kl),
+        mu.data_ptr(),
+        call.logvar.data_ptr(),
+        _native.DTYPES[mu.dtype],
+        call.seeds.data_ptr(),
+        call.step,
+        call.stream,
+        mu.shape[0],
+        _size(mu),
+        call.grad_mu.data_ptr(),
+        call.grad_logvar.data_ptr(),
+    )
+
+
+def _refuse_cpu(call: Call) -> str | None:
+    if call.mu.device.type != "cpu":
+        return f"tensors must be on the CPU, got {call.mu.device}"
+    return None if call.mu.dtype in _native.DTYPES else _REFERENCE_ONLY.format(call.mu.dtype)
+
+
+def _refuse_gpu(call: Call) -> str | None:
+    reason = _native.refuse_device(call.mu)
+    if reason is None and call.mu.dtype not in _native.DTYPES:
+        return _REFERENCE_ONLY.format(call.mu.dtype)
+    return reason
+
+
+def _kernel(module: str, name: str) -> Callable[[], Callable[[Any], None]]:
+    """Imports a GPU kernel when it is first wanted, not before."""
+    return lambda: getattr(import_module(module), name)
+
+
+def _op(name: str, cpu: Callable[[Any], None], plain: Callable[[Any], None]) -> Op:
+    triton = _kernel("fastdiff.kernels.reparameterize", name)
+    backends = {
+        "cpu": Implementation(lambda: cpu, _refuse_cpu),
+        "triton": Implementation(triton, _refuse_gpu),
+        "cuda": Implementation(_kernel("fastdiff.ops._cuda", name), _refuse_gpu),
+        "reference": Implementation(lambda: plain, lambda call: None),
+    }
+    return Op("reparameterize", backends)
+
+
+OP = _op("reparameterize", _cpu, _reference)
+_BACKWARD = _op("reparameterize_backward", _cpu_backward, _reference_backward)
+
+
+# --- the dispatcher and autograd ------------------------------------------------------------
+
+_Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def _outputs(mu: torch.Tensor) -> _Pair:
+    kl = torch.float64 if mu.dtype == torch.float64 else torch.float32
+    z = torch.empty_like(mu, memory_format=torch.contiguous_format)
+    return z, torch.empty(mu.shape[0], dtype=kl, device=mu.device)
+
+
+def _forward(
+    mu: torch.Tensor, logvar: torch.Tensor, seeds: torch.Tensor, step: int, stream: int
+) -> _Pair:
+    z, kl = _outputs(mu)
+    call = Reparameterize(
+        mu.contiguous(), logvar.contiguous(), seeds.contiguous(), step, stream, z, kl
+    )
+    choose(OP, call)[1](call)
+    return z, kl
+
+
+def _gradients(mu: torch.Tensor) -> _Pair:
+    empty = torch.empty_like(mu, memory_format=torch.contiguous_format)
+    return empty, torch.empty_like(empty)
+
+
+def _backward(
+    grad_z: torch.Tensor | None,
+    grad_kl: torch.Tensor | None,
+    mu: torch.Tensor,
+    logvar: torch.Tensor,
+    seeds: torch.Tensor,
+    step: int,
+    stream: int,
+) -> _Pair:
+    grad_mu, grad_logvar = _gradients(mu)
+    call = ReparameterizeBackward(
+        None if grad_z is None else grad_z.contiguous(),
+        None if grad_kl is None else grad_kl.contiguous(),
+        mu.contiguous(),
+        logvar.contiguous(),
+        seeds.contiguous(),
+        step,
+        stream,
+        grad_mu,
+        grad_logvar,
+    )
+    choose(_BACKWARD, call)[1](call)
+    return grad_mu, grad_logvar
+
+
+_LIBRARY: Any = torch.library.Library("fastdiff", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define(
+    "reparameterize(Tensor mu, Tensor logvar, Tensor seeds, int step, int stream)"
+    " -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "reparameterize_backward(Tensor? grad_z, Tensor? grad_kl, Tensor mu, Tensor logvar,"
+    " Tensor seeds, int step, int stream) -> (Tensor, Tensor)"
+)
+_LIBRARY.impl("reparameterize", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("reparameterize_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "fastdiff::reparameterize",
+    lambda mu, logvar, seeds, step, stream: _outputs(mu),
+    lib=_LIBRARY,
+)
+torch.library.register_fake(
+    "fastdiff::reparameterize_backward",
+    lambda grad_z, grad_kl, mu, logvar, seeds, step, stream: _gradients(mu),
+    lib=_LIBRARY,
+)
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _eager(mu: torch.Tensor, logvar: torch.Tensor) -> bool:
+    """Whether nothing traces the call: then the dispatcher only costs time."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and type(mu) in _PLAIN
+        and type(logvar) in _PLAIN
+        and not mu.is_meta
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    mu, logvar, seeds, ctx.step, ctx.stream = inputs
+    ctx.save_for_backward(mu, logvar, seeds)
+    ctx.set_materialize_grads(False)  # an unused output then costs no zeros
+    ctx.backend = forced()  # the backward pass may run later or in another thread
+
+
+def _backward_of(
+    ctx: Any, grad_z: torch.Tensor | None, grad_kl: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    if grad_z is None and grad_kl is None:
+        return (None,) * 5
+    mu, logvar, seeds = ctx.saved_tensors
+    if torch.is_grad_enabled():  # a second derivative is wanted: plain differentiable PyTorch
+        grads = _differentiable(grad_z, grad_kl, mu, logvar, seeds, ctx.step, ctx.stream)
+    else:
+        run: Any = torch.ops.fastdiff.reparameterize_backward.default
+        with use_backend(ctx.backend):
+            grads = (_backward if _eager(mu, logvar) else run)(
+                grad_z, grad_kl, mu, logvar, seeds, ctx.step, ctx.stream
+            )
+    return (*grads, None, None, None)
+
+
+def _differentiable(
+    grad_z: torch.Tensor | None,
+    grad_kl: torch.Tensor | None,
+    mu: torch.Tensor,
+    logvar: torch.Tensor,
+    seeds: torch.Tensor,
+    step: int,
+    stream: int,
+) -> _Pair:
+    """The reference's gradients in float64, where its exponential is one that autograd knows."""
+    zero = torch.zeros_like(mu, dtype=torch.float32)
+    eps, _ = reparameterize(zero, zero, seeds, step=step, stream=stream)
+    grads = reference.reparameterize_backward(
+        None if grad_z is None else grad_z.double(),
+        None if grad_kl is None else grad_kl.double(),
+        mu.double(),
+        logvar.double(),
+        eps,
+    )
+    return grads[0].to(mu.dtype), grads[1].to(mu.dtype)
+
+
+class _Function(torch.autograd.Function):
+    """What `register_autograd` builds, without the dispatcher around it."""
+
+    forward = staticmethod(_forward)
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward_of)
+
+
+torch.library.register_autograd(
+    "fastdiff::reparameterize", _backward_of, setup_context=_setup_context, lib=_LIBRARY
+)
+
+
+# --- the op ---------------------------------------------------------------------------------
+
+
+def _check_counter(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"reparameterize: {name} must be an integer, got {type(value).__name__}")
+    if not 0 <= value < 1 << 32:
+        raise ValueError(f"reparameterize: {name} must lie in [0, 2**32), got {value}")
+    return int(value)
+
+
+def _check_tensors(mu: Any, logvar: Any) -> None:
+    for name, t in (("mu", mu), ("logvar", logvar)):
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"reparameterize: {name} must be a tensor, got {type(t).__name__}")
+    if mu.dtype not in _DTYPES:
+        raise TypeError(
+            f"reparameterize: mu must be float32, bfloat16, float16 or float64, got {mu.dtype}"
+        )
+    if mu.dim() == 0:
+        raise ValueError("reparameterize: mu must have a batch axis, got a tensor of shape ()")
+    if logvar.shape != mu.shape:
+        raise ValueError(
+            f"reparameterize: logvar must have the shape of mu {tuple(mu.shape)}, "
+            f"got {tuple(logvar.shape)}"
+        )
+    if logvar.dtype != mu.dtype:
+        raise TypeError(
+            f"reparameterize: logvar must have the dtype of mu {mu.dtype}, got {logvar.dtype}"
+        )
+    if logvar.device != mu.device:
+        raise ValueError(
+            f"reparameterize: logvar must be on the device of mu {mu.device}, got {logvar.device}"
+        )
+
+
+def _seeds_of(seeds: Any, mu: torch.Tensor) -> torch.Tensor:
+    count = mu.shape[0]
+    if type(seeds) is int and 0 <= seeds < (1 << 63) - count:
+        # made where they are needed: no list, no copy to the device, and torch.compile follows
+        return torch.arange(seeds, seeds + count, device=mu.device)
+    # torch.compile cannot follow the uint64 of as_seeds; what that would refuse, it gets
+    listed = torch.compiler.is_compiling() and isinstance(seeds, (list, tuple))
+    if listed and all(type(s) is int and 0 <= s < 1 << 64 for s in seeds):
+        seeds = torch.tensor([s - (s >> 63 << 64) for s in seeds], dtype=torch.int64)
+    values = as_seeds(seeds, count, where="reparameterize")
+    return values if values.device == mu.device else values.to(mu.device)
+
+
+def prepare(
+    mu: torch.Tensor,
+    logvar: torch.Tensor,
+    seeds: Any,
+    *,
+    step: int = 0,
+    stream: int = Stream.REPARAMETERIZE,
+) -> Reparameterize:
+    """The arguments of `reparameterize`, checked, with its outputs allocated."""
+    _check_tensors(mu, logvar)
+    values = _seeds_of(seeds, mu)
+    step, stream = _check_counter("step", step), _check_counter("stream", stream)
+    z, kl = _outputs(mu)
+    return Reparameterize(mu.contiguous(), logvar.contiguous(), values, step, stream, z, kl)
+
+
+def reparameterize(
+    mu: torch.Tensor,
+    logvar: torch.Tensor,
+    seeds: Any,
+    *,
+    step: int = 0,
+    stream: int = Stream.REPARAMETERIZE,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A sample of N(mu, exp(logvar)) and that distribution's divergence from N(0, I), in one pass.
+
+    ``z = mu + exp(logvar / 2) * eps`` with ``eps = randn(seeds, S, step=step, stream=stream)``:
+    Kingma and Welling 2014, equation 10; ``kl = 1/2 sum(mu^2 + exp(logvar) - 1 - logvar)``, their
+    appendix B. Differentiable in mu and logvar, to any order, through z and kl; the backward pass
+    draws eps again, so autograd keeps mu, logvar and seeds alone.
+
+    Image i depends on its own seed alone: z and kl of a sample are the same bits in any batch and
+    for any number of threads, and z in float32 is the same bits on every backend. The kl is a sum,
+    whose last bits a backend may choose.
+
+    Args:
+        mu: (N, *S) float32, bfloat16, float16, or float64 (reference backend only); any strides,
+            copied first where it is not contiguous. 16-bit types are computed in float32.
+        logvar: natural logarithm of the variance; shape, dtype and device of ``mu``. The standard
+            deviation saturates for logvar < -172 and logvar > 176 (at exp(-86) and exp(88), and its
+            gradient is that of the unsaturated formula); the float32 kl is inf from 88.8 on, where
+            exp(logvar) is. NaN passes through to its own element of z and to the kl of its sample.
+        seeds: an int s for s, s+1, ..., a sequence of N ints in [0, 2**64), or (N,) int64 tensor.
+        step: counter of the draw, in [0, 2**32): advance it for fresh noise from the same seeds.
+        stream: what the draw is for, in [0, 2**32).
+
+    Returns:
+        z: (N, *S), dtype of ``mu``, contiguous.
+        kl: (N,) float32 (float64 where ``mu`` is), in nats.
+
+    Raises:
+        TypeError, ValueError: an argument breaks its rule.
+        BackendError: the forced backend cannot do it.
+    """
+    _check_tensors(mu, logvar)
+    values = _seeds_of(seeds, mu)
+    step, stream = _check_counter("step", step), _check_counter("stream", stream)
+    if not _eager(mu, logvar):
+        op: Any = torch.ops.fastdiff.reparameterize.default
+        return op(mu, logvar, values, step, stream)  # type: ignore[no-any-return]
+    differentiates = (
+        (torch.is_grad_enabled() and (mu.requires_grad or logvar.requires_grad))
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0  # refused there: a tangent must not be lost in silence
+    )
+    if not differentiates:
+        return _forward(mu, logvar, values, step, stream)
+    function: Any = _Function
+    return function.apply(mu, logvar, values, step, stream)  # type: ignore[no-any-return]

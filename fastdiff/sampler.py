@@ -1,0 +1,324 @@
+"""The only loop of the library: it walks the rows of a `StepTable`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.ops.noise import Stream, as_seeds, randn
+from fastdiff.ops.reverse_step import reverse_step
+from fastdiff.reference.reverse_step import guide
+from fastdiff.solvers._walk import Point, x0_conversion
+from fastdiff.table import StepTable
+
+Model = Callable[..., Tensor]
+
+
+class SampleStep:
+    """What one row did.
+
+    Attributes:
+        index: row of the table.
+        time: model time at which the row evaluated, NaN for a row without a model call.
+        sigma: noise scale of the state before the row.
+        x: (N, *S) state after the row.
+    """
+
+    def __init__(
+        self,
+        table: StepTable,
+        index: int,
+        x: Tensor,
+        evaluated: tuple[Tensor, Tensor, Tensor | None, float | Tensor, float | Tensor | None]
+        | None,
+    ) -> None:
+        row = table.rows[index]
+        self.index, self.time, self.sigma, self.x = index, row.time, row.sigma, x
+        self._table, self._evaluated = table, evaluated
+
+    @property
+    def denoised(self) -> Tensor | None:
+        """(N, *S) predicted clean data x0 at this row, computed when asked for; None without a
+        model call."""
+        if self._evaluated is None:
+            return None
+        before, output, uncond, weight, clip = self._evaluated
+        row = self._table.rows[self.index]
+        m = output.to(before.dtype)
+        if uncond is not None:
+            m = guide(m, uncond.to(before.dtype), _column(weight, m))
+        at = Point(row.time, row.alpha, row.sigma)
+        p, q = x0_conversion(self._table.prediction, at, self._table.sigma_data)
+        x0 = p * before + q * m
+        if clip is None:
+            return x0
+        bound = _column(clip, x0)
+        if not isinstance(bound, Tensor):
+            return x0.clamp(-bound, bound)
+        return torch.where(bound < 0, x0, x0.clamp(-bound.abs(), bound.abs()))
+
+
+def _column(value: float | Tensor, like: Tensor) -> float | Tensor:
+    """One value a sample, shaped to broadcast over the sample."""
+    if isinstance(value, Tensor):
+        return value.to(like.device, like.dtype).view(-1, *[1] * (like.dim() - 1))
+    return value
+
+
+class Sampler:
+    """Runs a model through the rows of a table.
+
+    Args:
+        model: ``model(x, t, **cond)`` with x (N, *S) in the model's dtype and t (N,) float32 as
+            the schedule counts time; returns (N, *S), or (N, 2C, ...) for a learned variance.
+        table: from ``solvers.build``.
+        guidance: weight w of classifier-free guidance ``u + w (c - u)`` (Ho and Salimans 2022),
+            a number or (N,) tensor; None: the conditional output alone.
+        clip: bound of the converted prediction, a number or (N,) tensor; None: no clipping.
+        mode: "eager".
+        batched: conditional and unconditional in one model call of 2N samples, or in two calls.
+        dtype: of the model input; None: of the model's first floating-point parameter, float32
+            for a plain function.
+        device: of the state; None: of the model's first parameter, or of the noise.
+
+    Raises:
+        TypeError, ValueError: an argument breaks its rule.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        table: StepTable,
+        *,
+        guidance: float | Tensor | None = None,
+        clip: float | Tensor | None = None,
+        mode: str = "eager",
+        batched: bool = True,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if not callable(model):
+            raise TypeError(f"Sampler: model must be callable, got {type(model).__name__}")
+        if not isinstance(table, StepTable):
+            raise TypeError(f"Sampler: table must be a StepTable, got {type(table).__name__}")
+        if mode != "eager":
+            raise ValueError(f"Sampler: mode must be 'eager', got {mode!r}")
+        _check_number("guidance", guidance)
+        _check_number("clip", clip)
+        if isinstance(clip, (int, float)) and clip < 0:
+            raise ValueError(f"Sampler: clip must not be negative, got {clip}")
+        first = _first_parameter(model)
+        self.model, self.table, self.batched = model, table, batched
+        self.guidance, self.clip = guidance, clip
+        self.dtype = dtype or (first.dtype if first is not None else torch.float32)
+        if device is None and first is not None:
+            device = first.device
+        self.device = None if device is None else torch.device(device)
+
+    def __call__(
+        self,
+        shape: Sequence[int] | None = None,
+        *,
+        noise: Tensor | None = None,
+        seeds: Any = 0,
+        cond: Mapping[str, Any] | None = None,
+        uncond: Mapping[str, Any] | None = None,
+        callback: Callable[[SampleStep], None] | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Samples of the model.
+
+        Args:
+            shape: shape of one sample; or give ``noise``.
+            noise: (N, *S) unit-variance initial noise, instead of the seeds' own.
+            seeds: int s for s, s+1, ..., a sequence of ints, or an (N,) int64 tensor. Image i
+                depends on seed i alone. For an int, N is that of the noise or of the first tensor
+                in ``cond``, else 1.
+            cond: keyword arguments of the model; tensors with one entry a sample.
+            uncond: the same for the unconditional output, needed for guidance.
+            callback: called with the `SampleStep` of every row.
+            progress: show a progress bar.
+
+        Returns:
+            (N, *S) float32.
+
+        Raises:
+            TypeError, ValueError: an argument breaks its rule.
+        """
+        steps = self._walk(shape, noise, seeds, cond, uncond, keep=callback is not None)
+        if progress:
+            from tqdm import tqdm
+
+            steps = tqdm(steps, total=len(self.table), desc=self.table.name, unit="step")
+        for step in steps:
+            if callback is not None:
+                callback(step)
+        return step.x
+
+    def iter(
+        self,
+        shape: Sequence[int] | None = None,
+        *,
+        noise: Tensor | None = None,
+        seeds: Any = 0,
+        cond: Mapping[str, Any] | None = None,
+        uncond: Mapping[str, Any] | None = None,
+    ) -> Iterator[SampleStep]:
+        """Yields a `SampleStep` a row; the last one's ``x`` is what the call would return."""
+        return self._walk(shape, noise, seeds, cond, uncond, keep=True)
+
+    def _walk(
+        self,
+        shape: Sequence[int] | None,
+        noise: Tensor | None,
+        seeds: Any,
+        cond: Mapping[str, Any] | None,
+        uncond: Mapping[str, Any] | None,
+        keep: bool,
+    ) -> Iterator[SampleStep]:
+        table = self.table
+        cond, uncond = dict(cond or {}), dict(uncond or {})
+        guided = self._guided(uncond)
+        x, seed_tensor = self._start(shape, noise, seeds, cond)
+        n, device = len(x), x.device
+        cond, uncond = _on_device(cond, n, device), _on_device(uncond, n, device)
+        times = torch.tensor(table.times, dtype=torch.float32, device=device)
+        history = _slots(table.depth, x)
+        y = torch.empty_like(x) if table.anchored else None
+        spare = torch.empty_like(x)
+        # the model input is the state itself where nothing would change but the name
+        first_scale = table.rows[0].c_in
+        separate = self.dtype != x.dtype or any(row.c_in != 1.0 for row in table.rows)
+        model_input = torch.empty_like(x, dtype=self.dtype) if separate else None
+        if model_input is not None:
+            model_input.copy_(first_scale * x)
+        weight = 1.0 if self.guidance is None else self.guidance
+        for i, row in enumerate(table.rows):
+            output = other = variance = None
+            if row.evaluates:
+                given = x if model_input is None else model_input
+                with torch.no_grad():
+                    output, other = self._evaluate(given, times[i], cond, uncond, guided)
+                if table.needs[i].variance:
+                    output, variance = output.chunk(2, dim=1)
+                    other = None if other is None else other.chunk(2, dim=1)[0]
+            before = x
+            x = reverse_step(
+                before,
+                output,
+                table,
+                i,
+                uncond=other,
+                guidance=weight,
+                clip=self.clip,
+                variance=variance,
+                y=y,
+                history=history,
+                seeds=seed_tensor,
+                out=None if keep else spare,
+                model_input=model_input,
+            )
+            spare = before
+            evaluated = None if output is None else (before, output, other, weight, self.clip)
+            yield SampleStep(table, i, x, evaluated)
+
+    def _guided(self, uncond: Mapping[str, Any]) -> bool:
+        reads = any(need.uncond for need in self.table.needs)
+        needed = reads or (
+            self.guidance is not None
+            and (isinstance(self.guidance, Tensor) or self.guidance != 1.0)
+        )
+        if needed and not uncond:
+            raise ValueError(
+                f"Sampler: uncond must be given for guidance {self.guidance}, got nothing"
+            )
+        return needed
+
+    def _start(
+        self,
+        shape: Sequence[int] | None,
+        noise: Tensor | None,
+        seeds: Any,
+        cond: Mapping[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        """The initial state and the seeds, on the device of the state."""
+        if (shape is None) == (noise is None):
+            raise ValueError("Sampler: shape or noise must be given, and not both")
+        count = None
+        if noise is not None:
+            if not isinstance(noise, Tensor) or not noise.is_floating_point() or noise.dim() < 1:
+                raise TypeError(f"Sampler: noise must be a floating-point tensor, got {noise!r}")
+            count = noise.shape[0]
+        elif isinstance(seeds, int):
+            batches = [v.shape[0] for v in cond.values() if isinstance(v, Tensor) and v.dim() > 0]
+            count = batches[0] if batches else 1
+        values = as_seeds(seeds, count, where="Sampler")
+        if noise is not None:
+            device = self.device or noise.device
+            x = noise.to(device, torch.float32) * self.table.init_sigma
+        else:
+            assert shape is not None  # the first check
+            device = self.device or torch.device("cpu")
+            x = randn(values, shape, stream=Stream.INITIAL, device=device)
+            x *= self.table.init_sigma
+        return x, values.to(device)
+
+    def _evaluate(
+        self,
+        x: Tensor,
+        time: Tensor,
+        cond: Mapping[str, Any],
+        uncond: Mapping[str, Any],
+        guided: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The conditional and, for guidance, the unconditional output."""
+        n = len(x)
+        if not guided:
+            return self.model(x, time.expand(n), **cond), None
+        if not self.batched:
+            t = time.expand(n)
+            return self.model(x, t, **cond), self.model(x, t, **uncond)
+        both = {
+            k: torch.cat([v, uncond[k]]) if isinstance(v, Tensor) and v.dim() > 0 else v
+            for k, v in cond.items()
+        }
+        output = self.model(torch.cat([x, x]), time.expand(2 * n), **both)
+        return output[:n], output[n:]
+
+
+def _first_parameter(model: Model) -> Tensor | None:
+    if not isinstance(model, torch.nn.Module):
+        return None
+    return next((p for p in model.parameters() if p.is_floating_point()), None)
+
+
+def _check_number(name: str, value: float | Tensor | None) -> None:
+    if value is None or isinstance(value, Tensor):
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"Sampler: {name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"Sampler: {name} must be finite, got {value}")
+
+
+def _on_device(kwargs: Mapping[str, Any], n: int, device: torch.device) -> dict[str, Any]:
+    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+    for k, v in moved.items():
+        if isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] != n:
+            raise ValueError(
+                f"Sampler: {k} must have one entry a sample ({n}), got {tuple(v.shape)}"
+            )
+    return moved
+
+
+def _slots(depth: int, x: Tensor) -> Tensor | None:
+    """History slots, each in the memory order of x."""
+    if depth == 0:
+        return None
+    if x.is_contiguous():
+        return torch.empty((depth, *x.shape), dtype=x.dtype, device=x.device)
+    return torch.stack([torch.empty_like(x)] * depth)

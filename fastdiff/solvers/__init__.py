@@ -1,0 +1,123 @@
+"""Solvers as tables: a builder computes a `StepTable` on the host, in float64, once.
+
+``SOLVERS`` maps names to builders; `build` picks the grid from a noise schedule, `build_on` takes
+one. Nothing here needs torch or a backend.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from fastdiff.schedules import SPACINGS, Grid, Schedule
+from fastdiff.solvers._checks import choice
+from fastdiff.solvers._walk import PREDICTIONS, Walk
+from fastdiff.solvers.ddim import ddim
+from fastdiff.solvers.ddpm import ddpm
+from fastdiff.solvers.dpmpp import dpmpp_2m, dpmpp_2m_sde
+from fastdiff.solvers.euler import euler, euler_ancestral
+from fastdiff.solvers.heun import heun
+from fastdiff.table import StepTable
+
+__all__ = ["PREDICTIONS", "SOLVERS", "build", "build_on"]
+
+SOLVERS: dict[str, Callable[..., StepTable]] = {
+    f.__name__: f for f in (ddpm, ddim, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde)
+}
+
+# the kinds of schedule on which a prediction has its meaning
+_KINDS = {"v_prediction": "discrete", "flow": "flow", "edm": "edm"}
+_GRID_OPTIONS = ("rho", "steps_offset")
+
+
+def build(
+    name: str,
+    schedule: Schedule,
+    steps: int,
+    *,
+    prediction: str = "epsilon",
+    spacing: str | None = None,
+    final: str = "zero",
+    **options: Any,
+) -> StepTable:
+    """The table of a solver on a noise schedule.
+
+    Args:
+        name: a key of `SOLVERS`.
+        schedule: from `fastdiff.schedules`.
+        steps: number of steps, at least 1; a step may take more than one model evaluation.
+        prediction: what the model predicts: "epsilon" (the noise), "sample" (x0), "v_prediction"
+            (alpha*noise - sigma*x0, discrete schedules), "flow" (noise - x0, flow schedules),
+            "edm" (the raw network of Karras et al. 2022, with its c_in, c_skip, c_out and
+            t = ln(sigma)/4, EDM schedules).
+        spacing: as in `Schedule.points`; None for the schedule's default.
+        final: "zero" ends at clean data, "sigma_min" at the schedule's least noisy time.
+        options: of the solver, see its builder; and `rho`, `steps_offset` of `Schedule.points`.
+
+    Returns:
+        The table; its state is x = alpha*x0 + sigma*noise in the scales of the schedule.
+
+    Raises:
+        TypeError, ValueError: an argument breaks its rule, or the two do not go together.
+    """
+    choice("solver", name, tuple(SOLVERS))
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"build: schedule must be a Schedule, got {type(schedule).__name__}")
+    if isinstance(steps, bool) or not hasattr(type(steps), "__index__"):
+        raise TypeError(f"build: steps must be an integer of at least 1, got {steps!r}")
+    if operator.index(steps) < 1:
+        raise ValueError(f"build: steps must be an integer of at least 1, got {steps}")
+    if spacing is not None:
+        choice("spacing", spacing, SPACINGS[schedule.kind])
+    choice("final", final, ("zero", "sigma_min"))
+    _check_options(name, options, _GRID_OPTIONS)
+    of_grid = {k: options.pop(k) for k in _GRID_OPTIONS if k in options}
+    grid = schedule.points(operator.index(steps), spacing, final, **of_grid)  # type: ignore[arg-type]
+    return build_on(name, schedule, grid, prediction=prediction, **options)
+
+
+def build_on(
+    name: str, schedule: Schedule, grid: Grid, *, prediction: str = "epsilon", **options: Any
+) -> StepTable:
+    """The table of a solver on a grid of the caller's; arguments and errors as in `build`.
+
+    The grid holds at least two points of falling sigma/alpha; alpha may be 0 at the first, sigma at
+    the last.
+    """
+    choice("solver", name, tuple(SOLVERS))
+    choice("prediction", prediction, PREDICTIONS)
+    _check_options(name, options)
+    fit = [p for p in PREDICTIONS if _KINDS.get(p, schedule.kind) == schedule.kind]
+    where = f"on a {schedule.kind} schedule"
+    _check_grid(grid)
+    if grid.alphas[0] == 0:  # pure noise; its noise says nothing of x0
+        fit.remove("epsilon")
+        where += f" whose alpha is 0 at time {grid.times[0]:g}"
+    if prediction not in fit:
+        raise ValueError(
+            f"build: prediction must be one of {', '.join(fit)} {where}, got {prediction!r}"
+        )
+    return SOLVERS[name](Walk(schedule, grid, prediction), **options)
+
+
+def _check_options(name: str, options: dict[str, Any], more: tuple[str, ...] = ()) -> None:
+    known = [p.name for p in inspect.signature(SOLVERS[name]).parameters.values()][1:]
+    for option in options:
+        if option not in (*known, *more):
+            allowed = ", ".join((*known, *more)) or "none"
+            raise TypeError(f"build: options of {name} must be among {allowed}, got {option!r}")
+
+
+def _check_grid(grid: Grid) -> None:
+    a, s = np.asarray(grid.alphas), np.asarray(grid.sigmas)
+    if not (len(a) == len(s) == len(grid.times) >= 2):
+        raise ValueError(f"build: grid must have at least two points, got {len(grid.times)}")
+    angle = np.arctan2(s, a)  # sigma/alpha without its infinity
+    ok = (a >= 0).all() and (s >= 0).all() and a[-1] > 0 and (np.diff(angle) < 0).all()
+    if not (ok and math.isfinite(float(a.sum() + s.sum()))):
+        raise ValueError(f"build: grid must have falling sigma/alpha, got {s} / {a}")

@@ -1,0 +1,372 @@
+"""Train the small class-conditional U-Net on Fashion-MNIST, on a CPU, in about an hour.
+
+The recipe: discrete schedule, v-prediction (Salimans & Ho 2022, arXiv:2202.00512), min-SNR
+weighting (Hang et al. 2023, arXiv:2303.09556), AdamW with warm-up and cosine decay to zero, an
+exponential moving average (EMA) of the weights, label dropout for classifier-free guidance.
+
+Everything random is a function of the seed and the step, so a resumed run repeats the
+uninterrupted one, and a checkpoint needs no generator state.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fastdiff import checkpoints, data, schedules
+from fastdiff.models.unet import UNet, UNetConfig
+from fastdiff.reference.diffusion import (
+    PREDICTIONS,
+    from_prediction,
+    min_snr_weight,
+    simple_loss,
+    to_prediction,
+)
+
+__all__ = ["TrainConfig", "ddim_preview", "main", "parse", "progress_of", "train"]
+
+# a step never takes this long; a longer gap is a stopped process, and no training time
+_PAUSE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What `fastdiff train` takes; each field is an option of the same name.
+
+    Args:
+        out: folder for the checkpoint, the sample grids and the final weights.
+        name: file name of the final weights and their card.
+        data: folder of the IDX files.
+        steps: optimizer steps.
+        max_minutes: end after this much training time, the learning rate decayed by then; 0 for no
+            limit. Pauses of the process are not counted.
+        batch: images a step.
+        lr: peak learning rate.
+        warmup: steps of linear warm-up.
+        weight_decay: of AdamW.
+        clip: largest norm of the gradient.
+        ema: decay of the averaged weights, reached as (1 + step) / (10 + step).
+        label_dropout: share of images trained as the null class.
+        gamma: min-SNR clips the signal-to-noise ratio here; 0 weighs every time alike.
+        schedule: a name of `schedules.NAMES` that needs no arguments and is discrete.
+        prediction: what the model predicts: epsilon, sample, v_prediction or flow.
+        channels: widths of the U-Net's levels.
+        blocks: residual blocks a level.
+        patch_size: space-to-depth factor of the U-Net.
+        dtype: "bfloat16" (autocast) or "float32".
+        device: where to train.
+        threads: CPU threads, 0 for torch's choice.
+        seed: of the weights, the order of the images, times, noises and dropped labels.
+        save_every: steps between checkpoints.
+        sample_every: steps between sample grids.
+        resume: continue from the checkpoint in `out`.
+    """
+
+    out: str
+    name: str = "fashion"
+    data: str = str(data.DEFAULT_FOLDER)
+    steps: int = 15000
+    max_minutes: float = 0.0
+    batch: int = 64
+    lr: float = 1e-3
+    warmup: int = 300
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    ema: float = 0.999
+    label_dropout: float = 0.1
+    gamma: float = 5.0
+    schedule: str = "cosine"
+    prediction: str = "v_prediction"
+    channels: tuple[int, ...] = (64, 128)
+    blocks: int = 1
+    patch_size: int = 2
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    threads: int = 0
+    seed: int = 0
+    save_every: int = 500
+    sample_every: int = 2000
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "channels", tuple(self.channels))
+        for key in ("steps", "batch", "save_every", "sample_every"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"train: {key} must be >= 1, got {getattr(self, key)}")
+        for key in ("max_minutes", "warmup", "weight_decay", "gamma", "threads", "seed"):
+            if not getattr(self, key) >= 0:
+                raise ValueError(f"train: {key} must be >= 0, got {getattr(self, key)}")
+        for key in ("lr", "clip"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"train: {key} must be > 0, got {getattr(self, key)}")
+        for key in ("ema", "label_dropout"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f"train: {key} must lie in [0, 1), got {getattr(self, key)}")
+        if self.prediction not in PREDICTIONS:
+            rule = f"be one of {PREDICTIONS}, got {self.prediction!r}"
+            raise ValueError(f"train: prediction must {rule}")
+        if self.dtype not in ("bfloat16", "float32"):
+            raise ValueError(f"train: dtype must be 'bfloat16' or 'float32', got {self.dtype!r}")
+
+    def command(self) -> str:
+        """The command line that gives this config, defaults left out."""
+        words = ["fastdiff train"]
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name == "resume" or (f.name != "out" and value == f.default):
+                continue
+            text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            words.append(f"--{f.name.replace('_', '-')} {text}")
+        return " ".join(words)
+
+
+def progress_of(config: TrainConfig, step: int, elapsed: float) -> float:
+    """Share of the run that is done, in [0, 1]: of the steps or of the minutes, the larger."""
+    share = step / config.steps
+    if config.max_minutes:
+        share = max(share, elapsed / (60 * config.max_minutes))
+    return min(share, 1.0)
+
+
+class _Run:
+    """The state of a training run: all that a checkpoint holds, and one optimizer step."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.schedule = schedules.NAMES[config.schedule]()
+        if self.schedule.alphas_cumprod is None:
+            raise ValueError(f"train: schedule must be discrete, got {config.schedule!r}")
+        self.images, self.labels = data.fashion_mnist("train", config.data)
+        torch.manual_seed(config.seed)
+        arch = UNetConfig(
+            channels=config.channels, blocks=config.blocks, patch_size=config.patch_size
+        )
+        layout: dict[str, Any] = {"memory_format": torch.channels_last, "device": config.device}
+        self.model, self.ema = UNet(arch).to(**layout), UNet(arch).to(**layout)
+        self.ema.load_state_dict(self.model.state_dict())
+        self.ema.requires_grad_(False).eval()
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), config.lr, (0.9, 0.99),
+            weight_decay=config.weight_decay, fused=True,
+        )  # fmt: skip
+        times = torch.arange(len(self.schedule.alphas_cumprod))
+        self.alphas = torch.from_numpy(self.schedule.alpha(times.numpy()))
+        self.sigmas = torch.from_numpy(self.schedule.sigma(times.numpy()))
+        self.weights = torch.ones_like(self.alphas)
+        if config.gamma:
+            self.weights = min_snr_weight(config.prediction, self.alphas, self.sigmas, config.gamma)
+        self.step = 0
+        self.elapsed = 0.0
+        self.losses: list[float] = []
+
+    @property
+    def progress(self) -> float:
+        return progress_of(self.config, self.step, self.elapsed)
+
+    def advance(self) -> float:
+        """One optimizer step and one EMA update; returns the weighted loss."""
+        c, n = self.config, self.config.batch
+        x0, label, t, noise = self._batch()
+        column = (n, 1, 1, 1)
+        alpha, sigma = self.alphas[t].float().view(column), self.sigmas[t].float().view(column)
+        x, target = alpha * x0 + sigma * noise, to_prediction(c.prediction, x0, noise, alpha, sigma)
+        x, target, times, label = (a.to(c.device) for a in (x, target, t.float(), label))
+        rate = c.lr * min(1.0, (self.step + 1) / max(c.warmup, 1))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * self.progress))
+        with torch.autocast(c.device.split(":")[0], torch.bfloat16, c.dtype == "bfloat16"):
+            output = self.model(x.contiguous(memory_format=torch.channels_last), times, label)
+        loss = simple_loss(output.float(), target, self.weights[t].float().to(c.device))
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
+        self.optimizer.step()
+        decay = min(c.ema, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(
+                list(self.ema.parameters()), list(self.model.parameters()), 1 - decay
+            )
+        self.step += 1
+        self.losses.append(loss.item())
+        return self.losses[-1]
+
+    def _batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Images, labels (-1 where dropped), integer times and noise of the present step."""
+        c, n = self.config, self.config.batch
+        epoch, place = divmod(self.step, len(self.images) // n)
+        order = torch.Generator().manual_seed((c.seed << 32) + (1 << 31) + epoch)
+        index = torch.randperm(len(self.images), generator=order)[place * n : (place + 1) * n]
+        draw = torch.Generator().manual_seed((c.seed << 32) + self.step)
+        x0 = self.images[index]
+        # one time in each n-th of the range: the loss varies less than with independent times
+        share = (torch.arange(n) + torch.rand(n, generator=draw, dtype=torch.float64)) / n
+        t = (share * len(self.alphas)).long()
+        dropped = torch.rand(n, generator=draw) < c.label_dropout
+        label = self.labels[index].masked_fill(dropped, -1)
+        return x0, label, t, torch.randn(x0.shape, generator=draw)
+
+    def save(self, path: Path) -> None:
+        """Write the checkpoint whole or not at all."""
+        state = {
+            "config": asdict(self.config),
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "elapsed": self.elapsed,
+            "losses": torch.tensor(self.losses),
+        }
+        part = path.with_suffix(".part")
+        torch.save(state, part)
+        os.replace(part, path)
+
+    def load(self, path: Path) -> None:
+        """Continue from a checkpoint that `save` wrote."""
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"train: out must hold {path.name} to resume, got {path.parent}"
+            )
+        state = torch.load(path, weights_only=True, map_location=self.config.device)
+        self.model.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.elapsed = state["step"], state["elapsed"]
+        self.losses = state["losses"].tolist()
+
+    def card(self) -> dict[str, Any]:
+        """What the reader of the weights should know; `metrics` is filled by the benchmarks."""
+        c = self.config
+        width = max(1, math.ceil(len(self.losses) / 200))
+        curve = [self.losses[i : i + width] for i in range(0, len(self.losses), width)]
+        return {
+            "name": c.name,
+            "prediction": c.prediction,
+            "data": {
+                "name": "Fashion-MNIST, training split, 60,000 images, padded to 32x32, [-1, 1]",
+                "labels": list(data.LABELS),
+                "source": "https://github.com/zalandoresearch/fashion-mnist",
+                "licence": "MIT, (c) 2017 Zalando SE",
+            },
+            "training": {
+                "command": c.command(),
+                "steps": self.step,
+                "images_seen": self.step * c.batch,
+                "minutes": round(self.elapsed / 60, 1),
+                "dtype": f"{c.dtype} autocast, float32 weights",
+                "machine": _machine(c.device),
+                "torch": torch.__version__,
+                "loss_every": width,
+                "loss": [round(sum(part) / len(part), 5) for part in curve],
+            },
+            "metrics": {},
+        }
+
+
+def _machine(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [s.split(":")[1] for s in info.read_text().splitlines() if "model name" in s]
+        cpu = names[0].strip() if names else cpu
+    return f"{cpu}, {torch.get_num_threads()} threads"
+
+
+@torch.no_grad()
+def ddim_preview(
+    model: UNet, schedule: schedules.Schedule, prediction: str, each: int = 8, steps: int = 20
+) -> Tensor:
+    """A few images of each class, by DDIM (Song et al. 2021, arXiv:2010.02502) with eta = 0.
+
+    Returns:
+        `(each * classes, C, H, W)` float32, nearly in [-1, 1], one image of every class in turn.
+    """
+    c, device = model.config, next(model.parameters()).device
+    label = torch.arange(max(c.num_classes, 1)).repeat(each).to(device)
+    shape = (len(label), c.in_channels, c.image_size, c.image_size)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    grid = schedule.points(steps)
+    for i in range(steps):
+        t = torch.full((len(x),), grid.times[i], device=device)
+        output = model(x, t, label if c.num_classes else None)
+        x0, noise = from_prediction(prediction, x, output, grid.alphas[i], grid.sigmas[i])
+        x = grid.alphas[i + 1] * x0 + grid.sigmas[i + 1] * noise
+    return x.float().cpu()
+
+
+def train(config: TrainConfig) -> Path:
+    """Train (or resume) and write the averaged weights and their card into `config.out`.
+
+    Returns:
+        The path of the `.safetensors` file; the card lies beside it as `.json`.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    run, last = _Run(config), out / "last.pt"
+
+    def show(name: str) -> None:
+        images = ddim_preview(run.ema, run.schedule, config.prediction)
+        data.save_grid(images, out / f"{name}.png", len(data.LABELS))
+
+    if config.resume:
+        run.load(last)
+    bar = tqdm(total=config.steps, initial=run.step, unit="step", mininterval=2, file=sys.stderr)
+    mark, usual = time.perf_counter(), 0.0
+    while run.progress < 1:
+        loss = run.advance()
+        bar.update()
+        bar.set_postfix(loss=f"{loss:.4f}", minutes=f"{run.elapsed / 60:.1f}", refresh=False)
+        if run.step % config.save_every == 0:
+            run.save(last)
+        if run.step % config.sample_every == 0:
+            show(f"samples-{run.step:06d}")
+        now = time.perf_counter()
+        usual = now - mark if now - mark < _PAUSE_SECONDS else usual
+        run.elapsed, mark = run.elapsed + usual, now
+    bar.close()
+    run.save(last)
+    show(config.name)
+    return checkpoints.save(out / config.name, run.ema, run.schedule, run.card())
+
+
+def parse(argv: Sequence[str] | None = None) -> TrainConfig:
+    """The config that a command line gives; `TrainConfig.command` inverts it."""
+    parser = argparse.ArgumentParser("fastdiff train", description=(__doc__ or "").split("\n")[0])
+    for f in fields(TrainConfig):
+        flag = f"--{f.name.replace('_', '-')}"
+        if f.name == "out":
+            parser.add_argument(flag, required=True, help="folder of the results")
+        elif isinstance(f.default, bool):
+            parser.add_argument(flag, action="store_true")
+        elif isinstance(f.default, tuple):
+            parser.add_argument(flag, type=int, nargs="+", default=f.default)
+        else:
+            parser.add_argument(flag, type=type(f.default), default=f.default)
+    return TrainConfig(**vars(parser.parse_args(argv)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line of `fastdiff train`."""
+    path = train(parse(argv))
+    print(json.dumps({"weights": str(path), "card": str(path.with_suffix(".json"))}))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
