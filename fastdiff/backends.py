@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 
@@ -39,6 +39,11 @@ class Op:
 
     name: str
     backends: dict[str, Implementation]
+
+    @cached_property
+    def live(self) -> list[tuple[str, Implementation]]:
+        """The backends that this machine can run at all; settled once, a step takes microseconds."""
+        return [(n, i) for n, i in self.backends.items() if unavailable(n) is None]
 
 
 def _cpu_reason() -> str | None:
@@ -136,12 +141,11 @@ def choose(op: Op, args: Any) -> tuple[str, Callable[..., Any]]:
         if reason is not None:
             raise BackendError(f"{op.name}: backend {name} refused: {reason}")
         return name, op.backends[name].load()
-    reasons = []
-    for candidate, reason in _refusals(op, args):
-        if reason is None:
-            return candidate, op.backends[candidate].load()
-        reasons.append(f"{candidate}: {reason}")
-    raise BackendError(f"{op.name}: no backend takes these arguments ({'; '.join(reasons)})")
+    for candidate, implementation in op.live:
+        if implementation.refuse(args) is None:
+            return candidate, implementation.load()
+    reasons = "; ".join(f"{n}: {reason}" for n, reason in _refusals(op, args))
+    raise BackendError(f"{op.name}: no backend takes these arguments ({reasons})")
 
 
 def describe(op: Op, args: Any) -> dict[str, str]:

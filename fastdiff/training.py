@@ -26,17 +26,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastdiff import checkpoints, data, schedules
+from fastdiff import checkpoints, data, schedules, solvers
 from fastdiff.models.unet import UNet, UNetConfig
-from fastdiff.reference.diffusion import (
-    PREDICTIONS,
-    from_prediction,
-    min_snr_weight,
-    simple_loss,
-    to_prediction,
-)
+from fastdiff.reference.diffusion import min_snr_weight, simple_loss, to_prediction
+from fastdiff.sampler import Sampler
 
-__all__ = ["TrainConfig", "ddim_preview", "main", "parse", "progress_of", "train"]
+__all__ = ["TrainConfig", "main", "parse", "progress_of", "train"]
 
 # a step never takes this long; a longer gap is a stopped process, and no training time
 _PAUSE_SECONDS = 5.0
@@ -60,9 +55,10 @@ class TrainConfig:
         clip: largest norm of the gradient.
         ema: decay of the averaged weights, reached as (1 + step) / (10 + step).
         label_dropout: share of images trained as the null class.
+        guidance: weight of classifier-free guidance in the sample grids, and the card's advice.
         gamma: min-SNR clips the signal-to-noise ratio here; 0 weighs every time alike.
         schedule: a name of `schedules.NAMES` that needs no arguments and is discrete.
-        prediction: what the model predicts: epsilon, sample, v_prediction or flow.
+        prediction: what the model predicts: epsilon, sample or v_prediction.
         channels: widths of the U-Net's levels.
         blocks: residual blocks a level.
         patch_size: space-to-depth factor of the U-Net.
@@ -87,6 +83,7 @@ class TrainConfig:
     clip: float = 1.0
     ema: float = 0.999
     label_dropout: float = 0.1
+    guidance: float = 1.5
     gamma: float = 5.0
     schedule: str = "cosine"
     prediction: str = "v_prediction"
@@ -106,7 +103,15 @@ class TrainConfig:
         for key in ("steps", "batch", "save_every", "sample_every"):
             if getattr(self, key) < 1:
                 raise ValueError(f"train: {key} must be >= 1, got {getattr(self, key)}")
-        for key in ("max_minutes", "warmup", "weight_decay", "gamma", "threads", "seed"):
+        for key in (
+            "max_minutes",
+            "warmup",
+            "weight_decay",
+            "guidance",
+            "gamma",
+            "threads",
+            "seed",
+        ):
             if not getattr(self, key) >= 0:
                 raise ValueError(f"train: {key} must be >= 0, got {getattr(self, key)}")
         for key in ("lr", "clip"):
@@ -115,8 +120,9 @@ class TrainConfig:
         for key in ("ema", "label_dropout"):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"train: {key} must lie in [0, 1), got {getattr(self, key)}")
-        if self.prediction not in PREDICTIONS:
-            rule = f"be one of {PREDICTIONS}, got {self.prediction!r}"
+        predictions = ("epsilon", "sample", "v_prediction")
+        if self.prediction not in predictions:
+            rule = f"be one of {predictions}, got {self.prediction!r}"
             raise ValueError(f"train: prediction must {rule}")
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f"train: dtype must be 'bfloat16' or 'float32', got {self.dtype!r}")
@@ -141,15 +147,27 @@ def progress_of(config: TrainConfig, step: int, elapsed: float) -> float:
     return min(share, 1.0)
 
 
+def _generator(seed: int, counter: int, stream: int) -> torch.Generator:
+    """The generator of one step (stream 0) or of one epoch's order (stream 1)."""
+    # torch's CPU generator takes 32 bits of a seed and drops the rest, so the seeds are folded in
+    # by a multiplication (Knuth's, of odd 2^31 / golden ratio) rather than by a shift
+    return torch.Generator().manual_seed((stream << 31) + (seed * 1327217885 + counter) % (1 << 31))
+
+
 class _Run:
     """The state of a training run: all that a checkpoint holds, and one optimizer step."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
+        if config.schedule not in schedules.NAMES:
+            rule = f"name a schedule of {sorted(schedules.NAMES)}, got {config.schedule!r}"
+            raise ValueError(f"train: schedule must {rule}")
         self.schedule = schedules.NAMES[config.schedule]()
         if self.schedule.alphas_cumprod is None:
             raise ValueError(f"train: schedule must be discrete, got {config.schedule!r}")
         self.images, self.labels = data.fashion_mnist("train", config.data)
+        if config.batch > len(self.images):
+            raise ValueError(f"train: batch must be at most {len(self.images)}, got {config.batch}")
         torch.manual_seed(config.seed)
         arch = UNetConfig(
             channels=config.channels, blocks=config.blocks, patch_size=config.patch_size
@@ -207,9 +225,9 @@ class _Run:
         """Images, labels (-1 where dropped), integer times and noise of the present step."""
         c, n = self.config, self.config.batch
         epoch, place = divmod(self.step, len(self.images) // n)
-        order = torch.Generator().manual_seed((c.seed << 32) + (1 << 31) + epoch)
+        order = _generator(c.seed, epoch, 1)
         index = torch.randperm(len(self.images), generator=order)[place * n : (place + 1) * n]
-        draw = torch.Generator().manual_seed((c.seed << 32) + self.step)
+        draw = _generator(c.seed, self.step, 0)
         x0 = self.images[index]
         # one time in each n-th of the range: the loss varies less than with independent times
         share = (torch.arange(n) + torch.rand(n, generator=draw, dtype=torch.float64)) / n
@@ -246,6 +264,24 @@ class _Run:
         self.step, self.elapsed = state["step"], state["elapsed"]
         self.losses = state["losses"].tolist()
 
+    def show(self, path: Path, rows: int = 8) -> None:
+        """Write a grid of samples of the averaged weights, a column a class."""
+        how, classes = self.sampling(), len(data.LABELS)
+        table = solvers.build(
+            how["solver"], self.schedule, how["steps"], prediction=self.config.prediction
+        )
+        label = torch.arange(classes).repeat(rows)
+        images = Sampler(self.ema, table, guidance=how["guidance"])(
+            how["shape"], cond={"label": label}, uncond={"label": torch.full_like(label, -1)}
+        )
+        data.save_grid(images, path, classes)
+
+    def sampling(self) -> dict[str, Any]:
+        """How the card says to sample."""
+        c = self.ema.config
+        shape = [c.in_channels, c.image_size, c.image_size]
+        return {"solver": "dpmpp_2m", "steps": 20, "guidance": self.config.guidance, "shape": shape}
+
     def card(self) -> dict[str, Any]:
         """What the reader of the weights should know; `metrics` is filled by the benchmarks."""
         c = self.config
@@ -254,9 +290,11 @@ class _Run:
         return {
             "name": c.name,
             "prediction": c.prediction,
+            "classes": list(data.LABELS),
+            "sampling": self.sampling(),
+            "licence": "Apache-2.0",
             "data": {
                 "name": "Fashion-MNIST, training split, 60,000 images, padded to 32x32, [-1, 1]",
-                "labels": list(data.LABELS),
                 "source": "https://github.com/zalandoresearch/fashion-mnist",
                 "licence": "MIT, (c) 2017 Zalando SE",
             },
@@ -286,28 +324,6 @@ def _machine(device: str) -> str:
     return f"{cpu}, {torch.get_num_threads()} threads"
 
 
-@torch.no_grad()
-def ddim_preview(
-    model: UNet, schedule: schedules.Schedule, prediction: str, each: int = 8, steps: int = 20
-) -> Tensor:
-    """A few images of each class, by DDIM (Song et al. 2021, arXiv:2010.02502) with eta = 0.
-
-    Returns:
-        `(each * classes, C, H, W)` float32, nearly in [-1, 1], one image of every class in turn.
-    """
-    c, device = model.config, next(model.parameters()).device
-    label = torch.arange(max(c.num_classes, 1)).repeat(each).to(device)
-    shape = (len(label), c.in_channels, c.image_size, c.image_size)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
-    grid = schedule.points(steps)
-    for i in range(steps):
-        t = torch.full((len(x),), grid.times[i], device=device)
-        output = model(x, t, label if c.num_classes else None)
-        x0, noise = from_prediction(prediction, x, output, grid.alphas[i], grid.sigmas[i])
-        x = grid.alphas[i + 1] * x0 + grid.sigmas[i + 1] * noise
-    return x.float().cpu()
-
-
 def train(config: TrainConfig) -> Path:
     """Train (or resume) and write the averaged weights and their card into `config.out`.
 
@@ -320,10 +336,6 @@ def train(config: TrainConfig) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     run, last = _Run(config), out / "last.pt"
 
-    def show(name: str) -> None:
-        images = ddim_preview(run.ema, run.schedule, config.prediction)
-        data.save_grid(images, out / f"{name}.png", len(data.LABELS))
-
     if config.resume:
         run.load(last)
     bar = tqdm(total=config.steps, initial=run.step, unit="step", mininterval=2, file=sys.stderr)
@@ -335,13 +347,13 @@ def train(config: TrainConfig) -> Path:
         if run.step % config.save_every == 0:
             run.save(last)
         if run.step % config.sample_every == 0:
-            show(f"samples-{run.step:06d}")
+            run.show(out / f"samples-{run.step:06d}.png")
         now = time.perf_counter()
         usual = now - mark if now - mark < _PAUSE_SECONDS else usual
         run.elapsed, mark = run.elapsed + usual, now
     bar.close()
     run.save(last)
-    show(config.name)
+    run.show(out / f"{config.name}.png")
     return checkpoints.save(out / config.name, run.ema, run.schedule, run.card())
 
 

@@ -23,7 +23,7 @@ EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 # Elements a program works on; the interpreter pays for each program, not for each element.
 BLOCK = 1024
 WARPS = 4
-_INTERPRETER_BLOCK = 1 << 20
+_INTERPRETER_BLOCK = 1 << 18
 
 # The interpreter does not round float32 to bfloat16 to nearest even, so there it is done by hand.
 INTERPRET: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")

@@ -28,13 +28,18 @@ constexpr uint32_t kBlockOf[kBatch] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,
 #endif
 
 #if defined(__AVX512F__) || defined(__AVX2__)
+#define FD_VECTOR_PHILOX
 #if defined(__AVX512F__)
 using Words = __m512i;
 inline Words multiply(Words a, Words b) { return _mm512_mul_epu32(a, b); }
 inline Words high_half(Words a) { return _mm512_srli_epi64(a, 32); }
 inline Words low_to_high(Words a) { return _mm512_slli_epi64(a, 32); }
-inline Words exclusive_or(Words a, Words b) { return _mm512_xor_si512(a, b); }
-inline Words all(uint32_t a) { return _mm512_set1_epi64(static_cast<int64_t>(a)); }
+inline Words exclusive_or(Words a, Words b, Words c) {
+  return _mm512_ternarylogic_epi64(a, b, c, 0x96);
+}
+inline Words all(uint64_t a) { return _mm512_set1_epi64(static_cast<int64_t>(a)); }
+inline Words all32(uint32_t a) { return _mm512_set1_epi32(static_cast<int32_t>(a)); }
+inline Words add(Words a, Words b) { return _mm512_add_epi32(a, b); }
 inline Words low_high(Words low, Words high) { return _mm512_mask_blend_epi32(0xAAAA, low, high); }
 inline Words load(const uint32_t* p) { return _mm512_loadu_si512(p); }
 inline void store(uint32_t* p, Words a) { _mm512_storeu_si512(p, a); }
@@ -43,8 +48,12 @@ using Words = __m256i;
 inline Words multiply(Words a, Words b) { return _mm256_mul_epu32(a, b); }
 inline Words high_half(Words a) { return _mm256_srli_epi64(a, 32); }
 inline Words low_to_high(Words a) { return _mm256_slli_epi64(a, 32); }
-inline Words exclusive_or(Words a, Words b) { return _mm256_xor_si256(a, b); }
-inline Words all(uint32_t a) { return _mm256_set1_epi64x(static_cast<int64_t>(a)); }
+inline Words exclusive_or(Words a, Words b, Words c) {
+  return _mm256_xor_si256(_mm256_xor_si256(a, b), c);
+}
+inline Words all(uint64_t a) { return _mm256_set1_epi64x(static_cast<int64_t>(a)); }
+inline Words all32(uint32_t a) { return _mm256_set1_epi32(static_cast<int32_t>(a)); }
+inline Words add(Words a, Words b) { return _mm256_add_epi32(a, b); }
 inline Words low_high(Words low, Words high) { return _mm256_blend_epi32(low, high, 0xAA); }
 inline Words load(const uint32_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -52,49 +61,94 @@ inline Words load(const uint32_t* p) {
 inline void store(uint32_t* p, Words a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
 #endif
 
-// A 32-bit word lives in the low half of a 64-bit lane, where one multiply gives both halves of
-// the product; what is left in the high half is never read. Even lanes of the batch are in `even`,
-// odd ones in `odd`, so packing them again is one shift and one blend.
-inline void philox_batch(const uint32_t* low, const uint32_t* high, uint32_t step, uint32_t stream,
-                         uint32_t k0, uint32_t k1, Words4& words, int to) {
-  constexpr int kLanes = sizeof(Words) / 4;
-  const Words m0 = all(0xD2511F53u), m1 = all(0xCD9E8D57u);
-  for (int at = 0; at < kBatch; at += kLanes) {
-    const Words l = load(low + at), h = load(high + at);
-    Words even[4] = {l, h, all(step), all(stream)};
-    Words odd[4] = {high_half(l), high_half(h), all(step), all(stream)};
-    uint32_t a = k0, b = k1;
-#pragma GCC unroll 10
-    for (int round = 0; round < 10; ++round) {
-      const Words key0 = all(a), key1 = all(b);
-      const Words e0 = multiply(even[0], m0), e1 = multiply(even[2], m1);
-      const Words o0 = multiply(odd[0], m0), o1 = multiply(odd[2], m1);
-      even[0] = exclusive_or(exclusive_or(high_half(e1), even[1]), key0);
-      odd[0] = exclusive_or(exclusive_or(high_half(o1), odd[1]), key0);
-      even[2] = exclusive_or(exclusive_or(high_half(e0), even[3]), key1);
-      odd[2] = exclusive_or(exclusive_or(high_half(o0), odd[3]), key1);
-      even[1] = e1;
-      odd[1] = o1;
-      even[3] = e0;
-      odd[3] = o0;
+#endif
+
+// The 16 blocks from `first` on, one lane after the other.
+inline void philox_scalar(uint64_t seed, uint32_t stream, uint32_t step, uint64_t first,
+                          Words4& words, int to) {
+#pragma omp simd
+  for (int p = 0; p < kBatch; ++p) {
+    const uint64_t block = first + kBlockOf[p];
+    uint32_t w0 = static_cast<uint32_t>(block), w1 = static_cast<uint32_t>(block >> 32);
+    uint32_t w2 = step, w3 = stream;
+    fd_philox4x32_10(w0, w1, w2, w3, static_cast<uint32_t>(seed),
+                     static_cast<uint32_t>(seed >> 32));
+    words[0][to + p] = w0;
+    words[1][to + p] = w1;
+    words[2][to + p] = w2;
+    words[3][to + p] = w3;
+  }
+}
+
+#if defined(FD_VECTOR_PHILOX)
+// What the ten rounds have in common for all blocks of a draw: the round keys and, since only the
+// low word of the counter changes inside a batch, half of the first round and of the second.
+struct PhiloxDraw {
+  uint64_t key[10][2];
+  uint32_t step_high, step_low;  // of the first round's second product
+
+  PhiloxDraw(uint64_t seed, uint32_t step) {
+    uint32_t a = static_cast<uint32_t>(seed), b = static_cast<uint32_t>(seed >> 32);
+    for (auto& k : key) {
+      k[0] = a;
+      k[1] = b;
       a += 0x9E3779B9u;
       b += 0xBB67AE85u;
     }
-    for (int w = 0; w < 4; ++w) store(words[w] + to + at, low_high(even[w], low_to_high(odd[w])));
+    const uint64_t product = static_cast<uint64_t>(step) * 0xCD9E8D57u;
+    step_high = static_cast<uint32_t>(product >> 32);
+    step_low = static_cast<uint32_t>(product);
+  }
+};
+
+// A 32-bit word lives in the low half of a 64-bit lane, where one multiply gives both halves of
+// the product; what is left in the high half is never read. Even lanes of the batch are in one
+// set of vectors, odd ones in another, so packing them again is one shift and one blend.
+inline void philox_batch(const PhiloxDraw& draw, uint64_t seed, uint32_t stream, uint32_t step,
+                         uint64_t first, Words4& words, int to) {
+  const uint32_t low = static_cast<uint32_t>(first), high = static_cast<uint32_t>(first >> 32);
+  if (low > 0xFFFFFFFFu - (kBatch - 1)) {  // the low word wraps inside the batch
+    philox_scalar(seed, stream, step, first, words, to);
+    return;
+  }
+  const Words m0 = all(0xD2511F53u), m1 = all(0xCD9E8D57u);
+  const auto key = [&](int round, int half) { return all(draw.key[round][half]); };
+  const uint32_t c0 = draw.step_high ^ high ^ static_cast<uint32_t>(draw.key[0][0]);
+  const uint64_t p0 = static_cast<uint64_t>(c0) * 0xD2511F53u;
+  constexpr int kLanes = sizeof(Words) / 4;
+  for (int at = 0; at < kBatch; at += kLanes) {
+    const Words blocks = add(load(kBlockOf + at), all32(low));
+    Words lane[2][4];
+    for (int odd = 0; odd < 2; ++odd) {
+      const Words product = multiply(odd ? high_half(blocks) : blocks, m0);
+      const Words c2 = exclusive_or(high_half(product), all(stream), key(0, 1));
+      const Words next = multiply(c2, m1);
+      lane[odd][0] = exclusive_or(high_half(next), all(draw.step_low), key(1, 0));
+      lane[odd][1] = next;
+      lane[odd][2] = exclusive_or(all(p0 >> 32), product, key(1, 1));
+      lane[odd][3] = all(p0);
+    }
+#pragma GCC unroll 8
+    for (int round = 2; round < 10; ++round) {
+      for (auto& c : lane) {
+        const Words a = multiply(c[0], m0), b = multiply(c[2], m1);
+        c[0] = exclusive_or(high_half(b), c[1], key(round, 0));
+        c[2] = exclusive_or(high_half(a), c[3], key(round, 1));
+        c[1] = b;
+        c[3] = a;
+      }
+    }
+    for (int w = 0; w < 4; ++w)
+      store(words[w] + to + at, low_high(lane[0][w], low_to_high(lane[1][w])));
   }
 }
 #else
-inline void philox_batch(const uint32_t* low, const uint32_t* high, uint32_t step, uint32_t stream,
-                         uint32_t k0, uint32_t k1, Words4& words, int to) {
-#pragma omp simd
-  for (int i = 0; i < kBatch; ++i) {
-    uint32_t w0 = low[i], w1 = high[i], w2 = step, w3 = stream;
-    fd_philox4x32_10(w0, w1, w2, w3, k0, k1);
-    words[0][to + i] = w0;
-    words[1][to + i] = w1;
-    words[2][to + i] = w2;
-    words[3][to + i] = w3;
-  }
+struct PhiloxDraw {
+  PhiloxDraw(uint64_t, uint32_t) {}
+};
+inline void philox_batch(const PhiloxDraw&, uint64_t seed, uint32_t stream, uint32_t step,
+                         uint64_t first, Words4& words, int to) {
+  philox_scalar(seed, stream, step, first, words, to);
 }
 #endif
 
@@ -138,20 +192,11 @@ inline void interleave(const Normals4& z, int from, float* out) {
 // each of these loops are short and overlap.
 inline void normal_batches(uint64_t seed, uint32_t stream, uint32_t step, uint64_t first_block,
                            int batches, float* out) {
+  const PhiloxDraw draw(seed, step);
   Words4 words;
-  for (int b = 0; b < batches; ++b) {
-    const uint64_t block = first_block + static_cast<uint64_t>(b) * kBatch;
-    const uint32_t first = static_cast<uint32_t>(block);
-    const uint32_t carry = static_cast<uint32_t>(block >> 32);
-    uint32_t low[kBatch], high[kBatch];
-#pragma omp simd
-    for (int p = 0; p < kBatch; ++p) {
-      low[p] = first + kBlockOf[p];
-      high[p] = carry + (low[p] < first ? 1u : 0u);
-    }
-    philox_batch(low, high, step, stream, static_cast<uint32_t>(seed),
-                 static_cast<uint32_t>(seed >> 32), words, b * kBatch);
-  }
+  for (int b = 0; b < batches; ++b)
+    philox_batch(draw, seed, stream, step, first_block + static_cast<uint64_t>(b) * kBatch, words,
+                 b * kBatch);
   Normals4 z;
   for (int pair = 0; pair < 4; pair += 2) {
 #pragma omp simd

@@ -165,7 +165,9 @@ void reverse_step(const FdStepArgs& a) {
     per_chunk = (pixels >= 64 ? pixels / 64 * 64 : pixels) * a.channels;
   }
   const int64_t chunks = (a.size + per_chunk - 1) / per_chunk;
-  parallel_for(a.samples * chunks, 0.5 * static_cast<double>(per_chunk),
+  const float* row = a.row_floats + (a.rows && a.samples > 0 ? a.rows[0] : a.row) * kRowFloats;
+  const double cost = uses(row, kN1) || uses(row, kN2) ? 1.2 : 0.25;  // ns an element
+  parallel_for(a.samples * chunks, cost * static_cast<double>(per_chunk),
                [&](int64_t begin, int64_t end) {
                  Scratch scratch;
                  for (int64_t unit = begin; unit < end; ++unit) {

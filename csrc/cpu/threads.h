@@ -16,7 +16,7 @@ namespace {
 template <class Body>
 inline void parallel_for(int64_t units, double cost, const Body& body) {
 #ifdef _OPENMP
-  constexpr double kWorthAThread = 10000.0;
+  constexpr double kWorthAThread = 6000.0;
   const double shares = static_cast<double>(units) * cost / kWorthAThread;
   int threads = omp_in_parallel() ? 1 : omp_get_max_threads();
   if (shares < threads) threads = static_cast<int>(shares);

@@ -84,7 +84,8 @@ def check_history(
 ) -> torch.Tensor:
     if history is None:
         raise ValueError(f"reverse_step: history must have {depth} slots, got None")
-    if history.shape[1:] != x.shape or history.shape[0] < depth:
+    slots, *rest = history.shape
+    if tuple(rest) != x.shape or slots < depth:
         raise ValueError(
             f"reverse_step: history must have shape ({depth}, {', '.join(map(str, x.shape))}), "
             f"got {tuple(history.shape)}"
@@ -94,7 +95,8 @@ def check_history(
             f"reverse_step: history must be {x.dtype} on {x.device}, "
             f"got {history.dtype} on {history.device}"
         )
-    in_place("history", history[0], fmt)
+    if not (fmt == torch.contiguous_format and history.is_contiguous()):
+        in_place("history", history[0], fmt)
     return history
 
 

@@ -1,0 +1,33 @@
+"""Fixtures that every test file shares; helpers to import live in budget.py, bits.py, tables.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fastdiff.ops import _native
+
+# instruction sets of this machine, best first; none where the extension is missing
+ISAS: list[str] = _native.extension.isas() if _native.extension is not None else []
+
+
+@pytest.fixture(
+    params=ISAS or [pytest.param("none", marks=pytest.mark.skip(reason=str(_native.missing)))]
+)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set in turn; the one in force before comes back afterwards."""
+    before = _native.extension.isa()
+    _native.extension.set_isa(request.param)
+    yield request.param
+    _native.extension.set_isa(before)
+
+
+@pytest.fixture(autouse=True)
+def same_threads_after() -> Iterator[None]:
+    """A test that sets the number of threads must not slow down or break the next one."""
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)

@@ -1,0 +1,308 @@
+"""Training on a made-up data set: determinism, resuming, the clock, and the data reader."""
+
+import gzip
+import json
+import math
+import struct
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastdiff import checkpoints, data, training
+from fastdiff.training import TrainConfig, progress_of
+
+COUNT = 40
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    header = b"\x00\x00\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+    path.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes()))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Forty images of ten classes: a bright square whose place is the label."""
+    folder = tmp_path_factory.mktemp("idx")
+    labels = np.arange(COUNT) % 10
+    images = np.zeros((COUNT, 28, 28))
+    for image, label in zip(images, labels, strict=True):
+        image[2 * label : 2 * label + 8, 4:20] = 255 - label
+    for split, n in (("train", COUNT), ("t10k", 10)):
+        write_idx(folder / f"{split}-images-idx3-ubyte.gz", images[:n])
+        write_idx(folder / f"{split}-labels-idx1-ubyte.gz", labels[:n])
+    return folder
+
+
+@pytest.fixture
+def config(folder, tmp_path):
+    return TrainConfig(
+        out=str(tmp_path / "run"), name="tiny", data=str(folder), steps=8, batch=8, warmup=2,
+        channels=(32,), patch_size=4, save_every=4, sample_every=100, dtype="float32", seed=5,
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_grids(monkeypatch):
+    """Sampling costs more than these trainings; `test_sample_grid` alone does it."""
+    monkeypatch.setattr(training._Run, "show", lambda run, path: None)
+
+
+def test_sample_grid(config, monkeypatch):
+    monkeypatch.undo()
+    run = training._Run(config)
+    path = Path(config.out)
+    path.mkdir()
+    run.show(path / "grid.png", rows=1)
+    # a column a class; an untrained model answers 0, so that noise remains
+    pixels = np.asarray(Image.open(path / "grid.png"))
+    assert pixels.shape == (32, 320)
+    assert pixels.std() > 0
+
+
+def losses(config: TrainConfig) -> list[float]:
+    state = torch.load(Path(config.out) / "last.pt", weights_only=True)
+    return state["losses"].tolist()
+
+
+def test_interrupted_run_resumes_to_the_same_bits(config, tmp_path, monkeypatch):
+    whole = training.train(config)
+    cut = replace(config, out=str(tmp_path / "cut"))
+    advance = training._Run.advance
+
+    def stop(run):
+        if run.step == 6:
+            raise KeyboardInterrupt
+        return advance(run)
+
+    monkeypatch.setattr(training._Run, "advance", stop)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(cut)
+    monkeypatch.undo()
+    assert len(losses(cut)) == 4
+    resumed = training.train(replace(cut, resume=True))
+    assert losses(cut) == losses(config)
+    assert resumed.read_bytes() == whole.read_bytes()
+
+
+def test_a_finished_run_is_written_again_unchanged(config):
+    first = training.train(config).read_bytes()
+    path = training.train(replace(config, resume=True))
+    assert path.read_bytes() == first
+    assert len(losses(config)) == config.steps
+
+
+def test_result_and_card(config):
+    path = training.train(config)
+    assert path == Path(config.out) / "tiny.safetensors"
+    model, schedule, card = checkpoints.load(path)
+    assert schedule.name == "cosine"
+    assert model.config.channels == (32,)
+    assert card["prediction"] == "v_prediction"
+    assert card["metrics"] == {}
+    assert card["classes"][0] == "t-shirt"
+    assert card["sampling"]["shape"] == [1, 32, 32]
+    facts = card["training"]
+    assert (facts["steps"], facts["images_seen"]) == (8, 64)
+    assert facts["loss"] == [round(v, 5) for v in losses(config)]
+    # the weights are the average, not the last step's
+    state = torch.load(Path(config.out) / "last.pt", weights_only=True)
+    assert torch.equal(
+        model.state_dict()["stem.weight"], state["ema"]["stem.weight"].half().float()
+    )
+    assert not torch.equal(state["model"]["stem.weight"], state["ema"]["stem.weight"])
+
+
+def test_it_learns(config):
+    training.train(replace(config, steps=40, prediction="sample", gamma=0.0, save_every=100))
+    curve = losses(config)
+    # a black image, the mean of nearly every pixel, already removes most of the loss
+    assert np.mean(curve[-10:]) < curve[0] / 4
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+def test_every_prediction_trains(config, prediction):
+    path = training.train(replace(config, prediction=prediction, gamma=0.0, steps=2))
+    assert checkpoints.load(path)[2]["prediction"] == prediction
+    assert all(math.isfinite(v) for v in losses(config))
+
+
+def test_bfloat16_trains(config):
+    training.train(replace(config, dtype="bfloat16", steps=2))
+    assert all(math.isfinite(v) for v in losses(config))
+
+
+def test_command_gives_the_config_back(config):
+    for c in (config, TrainConfig(out="x"), replace(config, channels=(32, 64), lr=2.5e-4)):
+        assert training.parse(c.command().split()[2:]) == c
+    assert TrainConfig(out="x", resume=True).command() == "fastdiff train --out x"
+
+
+def test_command_line(config, capsys):
+    assert training.main(config.command().split()[2:]) == 0
+    assert json.loads(capsys.readouterr().out)["weights"].endswith("tiny.safetensors")
+
+
+def test_batches_depend_on_the_step_alone(config):
+    run, other = training._Run(config), training._Run(config)
+    run.step = other.step = 3
+    first = run._batch()
+    assert all(torch.equal(a, b) for a, b in zip(first, other._batch(), strict=True))
+    run.step = 4
+    assert not torch.equal(first[3], run._batch()[3])
+    other = training._Run(replace(config, seed=6))
+    other.step = 3
+    assert not torch.equal(first[3], other._batch()[3])
+
+
+def test_an_epoch_visits_every_image_once(config):
+    run = training._Run(replace(config, label_dropout=0.0))
+    run.images = torch.arange(COUNT).view(COUNT, 1, 1, 1).float()
+    orders = []
+    for epoch in range(2):
+        seen = []
+        for step in range(COUNT // 8):
+            run.step = epoch * (COUNT // 8) + step
+            x0, label, _, _ = run._batch()
+            seen += x0.flatten().long().tolist()
+            assert torch.equal(label, run.labels[x0.flatten().long()])
+        assert sorted(seen) == list(range(COUNT))
+        orders.append(seen)
+    assert orders[0] != orders[1]
+
+
+def test_times_are_stratified_and_labels_dropped(config):
+    run = training._Run(replace(config, batch=40, label_dropout=0.5))
+    dropped = 0
+    for run.step in range(50):
+        _, label, t, _ = run._batch()
+        # one time in each of 40 equal parts of [0, 1000)
+        assert (t // 25).tolist() == list(range(40))
+        dropped += int((label == -1).sum())
+    # 2,000 draws at one half: five standard deviations are 5 * sqrt(500)
+    assert abs(dropped - 1000) <= 5 * math.sqrt(500)
+
+
+def test_learning_rate_warms_up_and_decays(config):
+    run = training._Run(config)
+    rates = []
+    for _ in range(config.steps):
+        run.advance()
+        rates.append(run.optimizer.param_groups[0]["lr"])
+    want = [config.lr * min(1, (i + 1) / 2) * (1 + math.cos(math.pi * i / 8)) / 2 for i in range(8)]
+    assert rates == pytest.approx(want, rel=4 * np.finfo(float).eps)
+
+
+def test_progress():
+    config = TrainConfig(out="x", steps=100)
+    assert progress_of(config, 25, 1e9) == 0.25
+    timed = replace(config, max_minutes=10.0)
+    assert progress_of(timed, 25, 60.0) == 0.25
+    assert progress_of(timed, 25, 300.0) == 0.5
+    assert progress_of(timed, 25, 6000.0) == 1.0
+
+
+def test_pauses_are_not_counted(config, monkeypatch):
+    # a second a step, and once a pause of an hour
+    ticks = iter([0.0, 1.0, 2.0, 3602.0, 3603.0, *range(3604, 3620)])
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
+    training.train(replace(config, save_every=100, steps=5))
+    state = torch.load(Path(config.out) / "last.pt", weights_only=True)
+    assert state["elapsed"] == 5.0
+
+
+def test_minutes_end_the_run(config, monkeypatch):
+    ticks = iter(range(1000))
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
+    training.train(replace(config, steps=1000, max_minutes=0.1))
+    # 6 seconds at a second a step
+    assert len(losses(config)) == 6
+
+
+def test_checkpoint_is_whole_or_absent(config, monkeypatch):
+    run = training._Run(config)
+    path = Path(config.out)
+    path.mkdir()
+    run.save(path / "last.pt")
+    before = (path / "last.pt").read_bytes()
+
+    def fail(state, target):
+        Path(target).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        run.save(path / "last.pt")
+    assert (path / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps must be >= 1, got 0"),
+        ({"max_minutes": -1.0}, "max_minutes must be >= 0"),
+        ({"lr": 0.0}, "lr must be > 0"),
+        ({"lr": math.nan}, "lr must be > 0, got nan"),
+        ({"ema": 1.0}, r"ema must lie in \[0, 1\)"),
+        ({"dtype": "int8"}, "dtype must be 'bfloat16' or 'float32', got 'int8'"),
+        ({"prediction": "noise"}, "prediction must be one of"),
+    ],
+    # one row for each rule
+)
+def test_config_errors(change, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(out="x", **change)
+
+
+def test_run_errors(config):
+    with pytest.raises(ValueError, match="schedule must be discrete, got 'edm'"):
+        training.train(replace(config, schedule="edm"))
+    with pytest.raises(ValueError, match="schedule must name a schedule"):
+        training.train(replace(config, schedule="cosin"))
+    with pytest.raises(ValueError, match="batch must be at most 40, got 41"):
+        training.train(replace(config, batch=41))
+    with pytest.raises(FileNotFoundError, match=r"out must hold last\.pt to resume"):
+        training.train(replace(config, resume=True))
+
+
+def test_reader(folder):
+    images, labels = data.fashion_mnist("train", folder)
+    assert images.shape == (COUNT, 1, 32, 32) and images.dtype == torch.float32
+    assert labels.tolist() == [i % 10 for i in range(COUNT)] and labels.dtype == torch.int64
+    # two rows and columns of black on each side; 255 - 3 of label 3 on [-1, 1]
+    assert images[:, :, [0, 1, 30, 31]].eq(-1).all() and images[..., [0, 1, 30, 31]].eq(-1).all()
+    assert images[3, 0, 2 + 6, 2 + 4] == torch.tensor(252.0) / 127.5 - 1
+    assert len(data.fashion_mnist("test", folder, size=28)[0]) == 10
+
+
+def test_reader_errors(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="apt-get install dataset-fashion-mnist"):
+        data.fashion_mnist("train", tmp_path)
+    with pytest.raises(ValueError, match="split must be one of"):
+        data.fashion_mnist("valid", folder)
+    with pytest.raises(ValueError, match="size must be at least 28, got 27"):
+        data.fashion_mnist("train", folder, size=27)
+    bad = tmp_path / "bad"
+    bad.write_bytes(b"\x00\x00\x0d\x01")
+    with pytest.raises(ValueError, match="must be an IDX file of uint8, got header 00000d01"):
+        data.read_idx(bad)
+    bad.write_bytes(b"\x00\x00\x08\x02\x00\x00")
+    with pytest.raises(ValueError, match="must hold 2 sizes"):
+        data.read_idx(bad)
+    bad.write_bytes(b"\x00\x00\x08\x01\x00\x00\x00\x03ab")
+    with pytest.raises(ValueError, match=r"must hold 3 bytes for shape \(3,\), got 2"):
+        data.read_idx(bad)
+
+
+def test_grid_of_images(tmp_path):
+    images = torch.tensor([-1.0, 0.0, 1.0, 7.0, -7.0]).view(5, 1, 1, 1).expand(5, 1, 2, 3)
+    data.save_grid(images, tmp_path / "grid.png", 2)
+    pixels = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert pixels[::2, ::3].tolist() == [[0, 128], [255, 255], [0, 0]]
+    assert pixels.shape == (6, 6)
+    with pytest.raises(ValueError, match="images must have shape"):
+        data.save_grid(images[0], tmp_path / "grid.png", 2)
