@@ -67,8 +67,8 @@ def _of_rows(packed: Packed) -> list[Presence]:
             Presence(
                 a=a,
                 b=b,
-                p=converts and f[P] != 0.0,
-                q=converts and f[Q] != 0.0,
+                p=converts and bool(f[P] != 0.0),
+                q=converts and bool(f[Q] != 0.0),
                 push=push,
                 evaluates=bool(i[FLAGS] & EVALUATES),
                 guided=False,
@@ -85,7 +85,7 @@ _rows: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # type: ignore[no-un
 def presence(step: Step) -> Presence:
     """The flags of this step. The first call for a packed table copies it to the host."""
     guided = step.uncond is not None and (
-        isinstance(step.guidance, torch.Tensor) or np.float32(step.guidance) != 1.0
+        isinstance(step.guidance, torch.Tensor) or bool(np.float32(step.guidance) != 1.0)
     )
     clip = step.clip is not None
     if step.rows is not None:

@@ -108,4 +108,4 @@ def check_seeds(seeds: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
             f"reverse_step: seeds must be an int64 tensor ({len(x)},), "
             f"got {seeds.dtype} {tuple(seeds.shape)}"
         )
-    return seeds if seeds.device == x.device else seeds.to(x.device)
+    return seeds.to(x.device).contiguous()  # kernels read them as one run of memory

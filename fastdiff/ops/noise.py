@@ -178,7 +178,10 @@ def prepare(
         out = torch.empty(full, dtype=dtype, device=device)
     elif out.shape != full:
         raise ValueError(f"randn: out must have shape {full}, got {tuple(out.shape)}")
-    return Draw(values.to(out.device), step, stream, out)
+    elif not out.is_floating_point():
+        raise TypeError(f"randn: out must be a floating-point tensor, got {out.dtype}")
+    # kernels read the seeds as one run of memory
+    return Draw(values.to(out.device).contiguous(), step, stream, out)
 
 
 def randn(

@@ -23,7 +23,7 @@ from fastdiff.ops._step_checks import (
     weight,
 )
 from fastdiff.reference.reverse_step import reference_row
-from fastdiff.table import C_IN, PUSH, Packed, StepTable
+from fastdiff.table import C_IN, HISTORY_SLOTS, PUSH, Packed, StepTable
 
 
 class Step(NamedTuple):
@@ -127,7 +127,7 @@ def _cpu(step: Step) -> None:
         address(step.y),
         address(history),
         0 if history is None else history.stride(0),
-        0 if history is None else history.shape[0],
+        0 if history is None else min(history.shape[0], HISTORY_SLOTS),
         step.packed.floats.data_ptr(),
         step.packed.ints.data_ptr(),
         address(step.rows),
