@@ -1,7 +1,7 @@
 """`fastdiff.randn` against `torch.randn`, both into a tensor that exists.
 
-    python -m benchmarks.bench_noise --out benchmarks/results/noise.json
-    pytest benchmarks/bench_noise.py --benchmark-only
+python -m benchmarks.bench_noise --out benchmarks/results/noise.json
+pytest benchmarks/bench_noise.py --benchmark-only
 """
 
 from __future__ import annotations

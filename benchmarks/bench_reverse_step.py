@@ -242,7 +242,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default="benchmarks/results/reverse_step.json")
     parser.add_argument("--repeats", type=int, default=41)
-    parser.add_argument("--no-compile", action="store_true", help="skip torch.compile, which is slow to start")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="skip torch.compile, which is slow to start"
+    )
     args = parser.parse_args(argv)
     for solver, clip in CASES:
         gate(solver, clip)
@@ -251,18 +253,18 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(threads)
         for solver, clip in CASES:
             for shape in SHAPES:
-                rows.append(
-                    measure_case(solver, clip, shape, not args.no_compile, args.repeats)
-                )
+                rows.append(measure_case(solver, clip, shape, not args.no_compile, args.repeats))
                 r = rows[-1]
                 print(
-                    f"{threads} threads {r['case']:<10} {str(shape):<22} "
+                    f"{threads} threads {r['case']:<10} {shape!s:<22} "
                     f"{r['seconds']['fastdiff']['best'] * 1e6:8.1f} us, "
                     f"{r['over_roofline_quiet']:.2f} of roofline; x slower (fastest round): "
                     + ", ".join(f"{k} {v['quiet']:.2f}" for k, v in r["ratios"].items()),
                     flush=True,
                 )
-    measure.write_json(args.out, rows, "python -m benchmarks.bench_reverse_step " + " ".join(argv or sys.argv[1:]))
+    measure.write_json(
+        args.out, rows, "python -m benchmarks.bench_reverse_step " + " ".join(argv or sys.argv[1:])
+    )
 
 
 # --- pytest-benchmark -----------------------------------------------------------------------

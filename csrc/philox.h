@@ -10,6 +10,7 @@
 #ifndef __CUDACC_RTC__
 #include <cstdint>
 #else
+using uint16_t = unsigned short;
 using int32_t = int;
 using uint32_t = unsigned int;
 using int64_t = long long;

@@ -56,20 +56,31 @@ FD_INLINE float fd_clip(float d, float bound) {
   return d < -bound ? -bound : (d > bound ? bound : d);  // NaN passes through
 }
 
-// exp(x) to 2 ulp by mul and add; saturates at exp(-86) and exp(88), NaN passes through.
-FD_INLINE float fd_exp(float x) {
-  const float c = x < -86.0f ? -86.0f : (x > 88.0f ? 88.0f : x);
+// exp(x) = scale * exp(r): the two halves of fd_exp, for a kernel that runs them as two loops.
+FD_INLINE float fd_exp_reduce(float x, float& scale) {
+  const float low = -86.0f > x ? -86.0f : x;  // one max and one min, NaN passes through
+  const float c = 88.0f < low ? 88.0f : low;
   const float shifted = c * 1.4426950216293335f + 12582912.0f;  // 1.5 * 2^23 rounds to an integer
   const float k = shifted - 12582912.0f;
-  const float r = (c - k * 0.693359375f) - k * -2.12194440e-4f;
+  scale = fd_as_float((fd_as_uint(shifted) - 0x4B400000u + 127u) << 23);
+  return (c - k * 0.693359375f) - k * -2.12194440e-4f;
+}
+
+FD_INLINE float fd_exp_finish(float r, float scale) {
   float q = 0.0013814539415761828f;
   q = q * r + 0.00836874544620514f;
   q = q * r + 0.04166838899254799f;
   q = q * r + 0.1666652113199234f;
   q = q * r + 0.4999999403953552f;
   const float poly = (q * (r * r) + r) + 1.0f;
-  const uint32_t scale = (fd_as_uint(shifted) - 0x4B400000u + 127u) << 23;
-  return poly * fd_as_float(scale);
+  return poly * scale;
+}
+
+// exp(x) to 2 ulp by mul and add; saturates at exp(-86) and exp(88), NaN passes through.
+FD_INLINE float fd_exp(float x) {
+  float scale;
+  const float r = fd_exp_reduce(x, scale);
+  return fd_exp_finish(r, scale);
 }
 
 FD_INLINE float fd_add_term(float acc, float coefficient, float term) {

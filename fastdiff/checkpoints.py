@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from fastdiff import schedules
@@ -64,7 +65,9 @@ def save(path: str | Path, model: nn.Module, schedule: Schedule, card: Mapping[s
     path = Path(path)
     path = path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
     part = path.with_name(path.name + ".part")
-    save_file(state, part, {"format": "pt"})
+    raw = to_bytes(state, {"format": "pt"})
+    # not save_file, which leaves a file that only its owner may read
+    part.write_bytes(raw)
     config: UNetConfig = model.config  # type: ignore[assignment]
     full = {
         **card,
@@ -72,7 +75,7 @@ def save(path: str | Path, model: nn.Module, schedule: Schedule, card: Mapping[s
         "schedule": schedule.to_config(),
         "dtype": "float16",
         "parameters": sum(value.numel() for value in state.values()),
-        "sha256": hashlib.sha256(part.read_bytes()).hexdigest(),
+        "sha256": hashlib.sha256(raw).hexdigest(),
     }
     text = json.dumps(full, indent=1, allow_nan=False) + "\n"
     # between the two renames the pair does not match, which the sha256 then tells

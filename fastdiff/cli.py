@@ -92,7 +92,7 @@ def sample(args: argparse.Namespace) -> int:
         args.model, dtype=DTYPES[args.dtype], device=args.device
     )
     if args.device == "cpu":
-        model = model.to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     labels = parse_labels(args.label, list(card["classes"]))
     table = solvers.build(
         args.solver,

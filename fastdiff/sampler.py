@@ -74,7 +74,8 @@ class Sampler:
 
     Args:
         model: ``model(x, t, **cond)`` with x (N, *S) in the model's dtype and t (N,) float32 as
-            the schedule counts time; returns (N, *S), or (N, 2C, ...) for a learned variance.
+            the schedule counts time; returns (N, *S), or (N, 2C, ...) where it also predicts a
+            variance, which a table of learned variance reads and any other drops.
         table: from ``solvers.build``.
         guidance: weight w of classifier-free guidance ``u + w (c - u)`` (Ho and Salimans 2022),
             a number or (N,) tensor; None: the conditional output alone.
@@ -203,7 +204,7 @@ class Sampler:
                 given = x if model_input is None else model_input
                 with torch.no_grad():
                     output, other = self._evaluate(given, times[i], cond, uncond, guided)
-                if table.needs[i].variance:
+                if _has_variance(output, x):
                     output, variance = output.chunk(2, dim=1)
                     other = None if other is None else other.chunk(2, dim=1)[0]
             before = x
@@ -288,6 +289,10 @@ class Sampler:
         }
         output = self.model(torch.cat([x, x]), time.expand(2 * n), **both)
         return output[:n], output[n:]
+
+
+def _has_variance(output: Tensor, x: Tensor) -> bool:
+    return x.dim() > 1 and output.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:])
 
 
 def _first_parameter(model: Model) -> Tensor | None:

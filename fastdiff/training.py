@@ -271,7 +271,7 @@ class _Run:
             how["solver"], self.schedule, how["steps"], prediction=self.config.prediction
         )
         label = torch.arange(classes).repeat(rows)
-        images = Sampler(self.ema, table, guidance=how["guidance"])(
+        images = Sampler(self.ema, table, guidance=how["guidance"], clip=how["clip"])(
             how["shape"], cond={"label": label}, uncond={"label": torch.full_like(label, -1)}
         )
         data.save_grid(images, path, classes)
@@ -280,7 +280,13 @@ class _Run:
         """How the card says to sample."""
         c = self.ema.config
         shape = [c.in_channels, c.image_size, c.image_size]
-        return {"solver": "dpmpp_2m", "steps": 20, "guidance": self.config.guidance, "shape": shape}
+        return {
+            "solver": "dpmpp_2m",
+            "steps": 20,
+            "guidance": self.config.guidance,
+            "clip": 1.0,
+            "shape": shape,
+        }
 
     def card(self) -> dict[str, Any]:
         """What the reader of the weights should know; `metrics` is filled by the benchmarks."""
@@ -321,7 +327,7 @@ def _machine(device: str) -> str:
     if info.is_file():
         names = [s.split(":")[1] for s in info.read_text().splitlines() if "model name" in s]
         cpu = names[0].strip() if names else cpu
-    return f"{cpu}, {torch.get_num_threads()} threads"
+    return f"{cpu}, threads: {torch.get_num_threads()}"
 
 
 def train(config: TrainConfig) -> Path:

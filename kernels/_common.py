@@ -21,7 +21,7 @@ from fastdiff.ops._layout import channels as channels_of
 EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 
 # Elements a program works on; the interpreter pays for each program, not for each element.
-BLOCK = 512
+BLOCK = 1024
 WARPS = 4
 _INTERPRETER_BLOCK = 1 << 18
 

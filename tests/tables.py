@@ -48,7 +48,7 @@ def random_table(rng: np.random.Generator) -> StepTable:
                 draws=((1, i), (2, i)),
                 log_variance=(0.4, -0.7) if i == LEARNED else None,
                 evaluates=evaluates,
-                c_in=0.7,
+                c_in=0.5 + 0.125 * i,
             )
         )
     return StepTable("random", tuple(rows))

@@ -35,6 +35,8 @@ def test_round_trip(saved):
     # float16 on disk, float32 in memory: rounded once
     for name, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value.half().float()), name
+    # anyone may read the weights who may read the card
+    assert path.stat().st_mode == path.with_suffix(".json").stat().st_mode
     assert sorted(os.listdir(path.parent)) == ["m.tiny.json", "m.tiny.safetensors"]
 
 

@@ -63,7 +63,9 @@ def test_kernel_turns_the_published_words_into_normals(isa: str) -> None:
 
 def test_box_muller_keeps_its_stated_error_and_range() -> None:
     rng = np.random.default_rng(0)
-    edges = np.array([0, 1, 2, 3, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1, 2**29, 3 << 29], np.uint64)
+    edges = np.array(
+        [0, 1, 2, 3, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1, 2**29, 3 << 29], np.uint64
+    )
     grid = np.stack(np.meshgrid(edges, edges), -1).reshape(-1, 2)
     words = np.concatenate([grid, rng.integers(0, 2**32, (2**20, 2), np.uint64)])
     z0, z1 = box_muller(words[:, 0], words[:, 1])
@@ -240,9 +242,7 @@ NEIGHBOURS = {
 
 
 @pytest.mark.parametrize("change", NEIGHBOURS.values(), ids=NEIGHBOURS)
-def test_neighbouring_counters_are_uncorrelated(
-    sample: np.ndarray, change: dict[str, int]
-) -> None:
+def test_neighbouring_counters_are_uncorrelated(sample: np.ndarray, change: dict[str, int]) -> None:
     shift = change.get("seed", 0)
     other = {k: v for k, v in change.items() if k != "seed"}
     # even seeds against the changed ones, so that a shift of 1 shares no sample
@@ -302,9 +302,7 @@ def test_seed_errors(
         ({"seeds": [0.5]}, TypeError, "randn: seeds must be integers, got float"),
     ],
 )
-def test_randn_errors(
-    arguments: dict[str, object], error: type[Exception], message: str
-) -> None:
+def test_randn_errors(arguments: dict[str, object], error: type[Exception], message: str) -> None:
     call = {"seeds": [0], "shape": (4,), **arguments}
     with pytest.raises(error, match=re.escape(message)):
         randn(**call)  # type: ignore[arg-type]
@@ -322,5 +320,8 @@ def test_the_stream_is_frozen() -> None:
     """If this fails, pictures of released seeds change: take a new stream number instead."""
     assert [s.value for s in Stream] == [0, 1, 2, 3, 4]
     bits = randn(range(4), (1000,), step=7, stream=1).numpy().astype("<f4").tobytes()
-    assert hashlib.sha256(bits).hexdigest() == "0a50564f3c7065783a334af5e33b695e19f0fa43bb3f1430dfb2fe820776e74f"
+    assert (
+        hashlib.sha256(bits).hexdigest()
+        == "0a50564f3c7065783a334af5e33b695e19f0fa43bb3f1430dfb2fe820776e74f"
+    )
     assert fastdiff.randn is randn

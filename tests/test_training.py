@@ -49,7 +49,9 @@ def config(folder, tmp_path):
 @pytest.fixture(autouse=True)
 def no_grids(monkeypatch):
     """Sampling costs more than these trainings; `test_sample_grid` alone does it."""
-    monkeypatch.setattr(training._Run, "show", lambda run, path: None)
+    paths: list[Path] = []
+    monkeypatch.setattr(training._Run, "show", lambda run, path: paths.append(path))
+    return paths
 
 
 def test_sample_grid(config, monkeypatch):
@@ -96,8 +98,8 @@ def test_a_finished_run_is_written_again_unchanged(config):
     assert len(losses(config)) == config.steps
 
 
-def test_result_and_card(config):
-    path = training.train(config)
+def test_result_and_card(config, no_grids):
+    path = training.train(replace(config, sample_every=3))
     assert path == Path(config.out) / "tiny.safetensors"
     model, schedule, card = checkpoints.load(path)
     assert schedule.name == "cosine"
@@ -109,6 +111,8 @@ def test_result_and_card(config):
     facts = card["training"]
     assert (facts["steps"], facts["images_seen"]) == (8, 64)
     assert facts["loss"] == [round(v, 5) for v in losses(config)]
+    names = [p.name for p in no_grids]
+    assert names == ["samples-000003.png", "samples-000006.png", "tiny.png"]
     # the weights are the average, not the last step's
     state = torch.load(Path(config.out) / "last.pt", weights_only=True)
     assert torch.equal(

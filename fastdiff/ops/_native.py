@@ -10,7 +10,9 @@ import torch  # first: its libgomp must be in the process before the extension's
 extension: Any = None
 missing: str | None = None
 try:
-    from fastdiff import _cpu as extension  # type: ignore[no-redef]
+    import fastdiff._cpu
+
+    extension = fastdiff._cpu
 except ImportError as error:
     missing = (
         f"the C++ extension fastdiff._cpu cannot be imported ({error}); "

@@ -41,7 +41,7 @@ class Presence(NamedTuple):
     q: bool  # the converted prediction reads m
     push: bool  # the converted prediction may be pushed
     evaluates: bool
-    guided: bool
+    guided: bool  # a weight of guidance may differ from 1
     learned: bool  # the first draw has a learned variance
     clip: bool
 
@@ -116,4 +116,5 @@ def presence(step: Step) -> Presence:
     if rows is None:
         rows = _rows[step.packed.floats] = _of_rows(step.packed)
     row: Presence = rows[step.row]
-    return row._replace(guided=guided and row.evaluates, clip=clip and row.clip)
+    reads_m = row.q or bool((row.a | row.b) & BIT["m"])
+    return row._replace(guided=guided and reads_m, clip=clip and row.clip)

@@ -1,0 +1,468 @@
+"""Tables against the peers themselves: diffusers' schedulers, and k-diffusion where it is installed.
+
+diffusers computes in float32 and is fed the same model outputs and the same noise, so that the
+update is affine and its error can be bounded; k-diffusion runs in float64 on the same network.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import sys
+import types
+
+import diffusers
+import numpy as np
+import oracles
+import pytest
+import torch
+from rows import run
+from test_solvers import SHAPE, assert_same, draws, make_network, problem_of, start
+
+from fastdiff import schedules, solvers
+from fastdiff.schedules import Grid
+
+EPS = float(np.finfo(np.float32).eps)
+ROUNDINGS = 8  # a term's own scale (2), conversion (2), product (1), sum (1) and clean-up (2)
+
+
+def schedule_of(scheduler):
+    """The schedule of a scheduler's own float32 alphabar, so that only its steps can differ."""
+    abar = scheduler.alphas_cumprod.double().numpy()
+    return schedules.from_betas(1 - abar / np.concatenate([[1.0], abar[:-1]]))
+
+
+def grid_of(scheduler):
+    """The points of a scheduler that counts in sigma/alpha."""
+    levels = scheduler.sigmas.double().numpy()
+    levels = np.concatenate([levels[:1], levels[1:][np.diff(levels) != 0]])  # Heun has them twice
+    times = np.concatenate([np.unique(scheduler.timesteps.double().numpy())[::-1], [-1.0]])
+    return Grid(times[-len(levels) :], 1 / np.hypot(1, levels), levels / np.hypot(1, levels))
+
+
+def outputs_of(table):
+    """One fixed output for each evaluation, exact in float32."""
+    rng = np.random.default_rng(5)
+    return [rng.normal(size=SHAPE).astype(np.float32).astype(float) for _ in range(table.nfe)]
+
+
+def fixed_draw(stream, counter):
+    return draws(stream, counter).astype(np.float32).astype(float)
+
+
+def run_with_budget(table, x, outputs, *, clip=None, variance=None):
+    """States in units of x0 (divided by alpha), and what float32 may be off by after each row.
+
+    A rounding is EPS/2 of the number rounded; a term of a row takes at most ROUNDINGS of them. The
+    weights of the x0 prediction and of the noise hang on differences of levels: h, a difference of
+    logarithms up to |lambda| in size, each rounded, is off by EPS*(1 + 2|lambda|)/h of itself. In
+    units of x0 an error made once is carried on with factors of at most 1.
+    """
+    feed = iter(outputs)
+    states = run(table, x, lambda *_: next(feed), fixed_draw, clip=clip, variance=variance)
+    befores, feed = [x, *states[:-1]], iter(outputs)
+    after = [*((row.alpha, row.sigma) for row in table.rows[1:]), (1.0, 0.0)]
+    scaled, budgets, pushed = [], [], []
+    total = EPS / 2 * np.abs(x).max() / (table.rows[0].alpha or 1.0)
+    for row, before, state, (alpha, sigma) in zip(table.rows, befores, states, after, strict=True):
+        size = {"x": np.abs(before).max(), "n1": np.abs(fixed_draw(1, len(budgets))).max()}
+        if row.evaluates:
+            size["m"] = np.abs(next(feed)).max()
+            size["d"] = abs(row.convert[0]) * size["x"] + abs(row.convert[1]) * size["m"]
+        if pushed:
+            size["h0"] = pushed[-1]
+        if row.push:
+            pushed.append(size["d"])
+        amount = sum(abs(c) * size[k] for k, c in row.x.items())
+        if row.alpha and sigma and (row.alpha, row.sigma) != (alpha, sigma):
+            lam = math.log(row.alpha / row.sigma), math.log(alpha / sigma)
+            off = (1 + 2 * max(map(abs, lam))) / abs(lam[1] - lam[0])
+            amount += off * sum(abs(c) * size[k] for k, c in row.x.items() if k != "x")
+        total += EPS / 2 * ROUNDINGS * amount / alpha
+        budgets.append(total)
+        scaled.append(state / alpha)
+    return scaled, budgets
+
+
+def assert_within(peer, ours, budgets, label):
+    assert len(peer) == len(ours)
+    for i, (g, w, b) in enumerate(zip(peer, ours, budgets, strict=True)):
+        worst = float(np.abs(g - w).max())
+        assert worst <= b, (label, i, worst, b)
+    # the budget must be able to notice a wrong coefficient
+    assert budgets[-1] < 0.02 * max(np.abs(w).max() for w in ours), (label, budgets[-1])
+
+
+class Peer:
+    """Drives a scheduler: the same outputs and noise, states in units of x0."""
+
+    def __init__(self, scheduler, steps, monkeypatch):
+        self.scheduler, self.steps = scheduler, steps
+        scheduler.set_timesteps(steps)
+        self.row = 0
+        module = sys.modules[type(scheduler).__module__]
+        if hasattr(module, "randn_tensor"):
+            monkeypatch.setattr(module, "randn_tensor", self.randn)
+        self.stream = 1
+
+    def randn(self, shape, **_):
+        return torch.from_numpy(fixed_draw(self.stream, self.row)).float()
+
+    def states(self, x, outputs, alphas, *, levels, variance=None, **kwargs):
+        """`levels`: the scheduler's sample is x/alpha."""
+        s = self.scheduler
+        sample = torch.from_numpy(x / (alphas[0] if levels else 1.0)).float()
+        states = []
+        for t, m, alpha in zip(s.timesteps, outputs, alphas[1:], strict=False):
+            s.scale_model_input(sample, t)
+            m = torch.from_numpy(m).float()
+            if variance is not None:
+                m = torch.cat([m, torch.from_numpy(variance).float()], dim=1)
+            sample = s.step(m, t, sample, **kwargs).prev_sample
+            self.row += 1
+            states.append(sample.double().numpy() / (1.0 if levels else alpha))
+        return states
+
+
+BETAS = [
+    ("linear", "DDPM"),
+    ("scaled_linear", "Stable Diffusion"),
+    ("squaredcos_cap_v2", "improved DDPM"),
+]
+STEPS = [(1, "first step is last"), (7, "does not divide T"), (10, "divides T"), (50, "many")]
+
+
+def x_of(schedule):
+    return start(schedule).astype(np.float32).astype(float)
+
+
+# --- DDPM and DDIM: alphabar in float32, the state is x -------------------------------------
+
+
+@pytest.mark.parametrize("betas", [b for b, _ in BETAS])
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+def test_ddpm(betas, variance, prediction, monkeypatch):
+    for spacing, clip in (("leading", None), ("linspace", 0.7), ("trailing", 0.7)):
+        for steps, _ in STEPS:
+            if steps == 1 and spacing == "linspace":
+                continue  # diffusers takes the least noisy time there
+            if variance != "fixed_small" and spacing == "trailing":
+                continue  # diffusers adds noise to clean data, see test_departures
+            if steps == 1 and betas == "squaredcos_cap_v2":
+                continue  # sigma/alpha is 2e4: x0 has no digits left in float32
+            scheduler = diffusers.DDPMScheduler(
+                beta_schedule=betas, variance_type=variance, prediction_type=prediction,
+                timestep_spacing=spacing, clip_sample=clip is not None, clip_sample_range=clip or 1,
+            )  # fmt: skip
+            schedule = schedule_of(scheduler)
+            table = solvers.build(
+                "ddpm", schedule, steps, prediction=prediction, spacing=spacing, variance=variance
+            )
+            peer = Peer(scheduler, steps, monkeypatch)
+            assert scheduler.timesteps.tolist() == table.times.tolist()
+            x, outputs = x_of(schedule), outputs_of(table)
+            v = np.tanh(outputs[-1]) if variance == "learned_range" else None
+            ours, budget = run_with_budget(table, x, outputs, clip=clip, variance=lambda *_, v=v: v)
+            theirs = peer.states(x, outputs, [*table.alphas, 1.0], levels=False, variance=v)
+            assert_within(theirs, ours, budget, (spacing, steps))
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+def test_ddim(prediction, eta, zero_snr, monkeypatch):
+    if zero_snr and (prediction == "epsilon" or eta == 1):
+        return  # refused; NaN in diffusers, see test_ddim_is_nan_in_diffusers
+    cases = [("leading", 10), ("leading", 50), ("trailing", 10), ("trailing", 50), ("trailing", 1)]
+    for spacing, steps in cases:  # the steps must divide T, see test_departures
+        for clip, rederive in ((None, True), (0.7, True), (0.7, False)):
+            scheduler = diffusers.DDIMScheduler(
+                beta_schedule="scaled_linear", prediction_type=prediction, timestep_spacing=spacing,
+                clip_sample=clip is not None, clip_sample_range=clip or 1,
+                rescale_betas_zero_snr=zero_snr,
+            )  # fmt: skip
+            schedule = schedule_of(scheduler)
+            table = solvers.build(
+                "ddim", schedule, steps, prediction=prediction, spacing=spacing,
+                eta=eta, use_clipped_model_output=rederive,
+            )  # fmt: skip
+            peer = Peer(scheduler, steps, monkeypatch)
+            assert scheduler.timesteps.tolist() == table.times.tolist()
+            x, outputs = x_of(schedule), outputs_of(table)
+            ours, budget = run_with_budget(table, x, outputs, clip=clip)
+            theirs = peer.states(
+                x, outputs, [*table.alphas, 1.0], levels=False,
+                eta=eta, use_clipped_model_output=rederive,
+            )  # fmt: skip
+            assert_within(theirs, ours, budget, (spacing, steps, clip, rederive))
+
+
+# --- schedulers that count in sigma/alpha ---------------------------------------------------
+
+SPACING = {
+    "karras": {"use_karras_sigmas": True},
+    "exponential": {"use_exponential_sigmas": True},
+    "trailing": {"timestep_spacing": "trailing"},
+    "leading": {"timestep_spacing": "leading"},
+}
+DPM = {"algorithm_type": "dpmsolver++"}
+SDE = {"algorithm_type": "sde-dpmsolver++"}
+HEUN = {"solver_type": "heun"}
+EULER = ["trailing", "leading", "karras", "exponential"]
+A, B, C = "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"
+D = "DPMSolverMultistepScheduler"
+
+# solver, options, scheduler, its config, spacings that both have
+LEVELS = {
+    "euler": ("euler", {}, A, {}, EULER),
+    "ddim": ("ddim", {}, A, {}, ["trailing"]),  # the two are one
+    "euler_ancestral": ("euler_ancestral", {}, B, {}, ["trailing", "leading"]),
+    "heun": ("heun", {}, C, {}, EULER),
+    "dpmpp_2m": ("dpmpp_2m", {}, D, DPM, ["trailing", "karras", "exponential"]),
+    "dpmpp_2m-heun": ("dpmpp_2m", HEUN, D, DPM | HEUN, ["trailing", "karras"]),
+    "dpmpp_2m_sde": ("dpmpp_2m_sde", {}, D, SDE, ["trailing", "karras", "exponential"]),
+    "dpmpp_2m_sde-heun": ("dpmpp_2m_sde", HEUN, D, SDE | HEUN, ["trailing", "karras"]),
+}
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("case", LEVELS)
+def test_levels(case, prediction, monkeypatch):
+    solver, options, name, config, spacings = LEVELS[case]
+    if prediction == "sample" and name == B:
+        return  # not implemented there
+    for spacing in spacings:
+        for steps, _ in STEPS:
+            if steps == 1 and name in (A, C) and spacing in ("karras", "exponential"):
+                continue  # diffusers takes the least noisy level there
+            scheduler = getattr(diffusers, name)(
+                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                prediction_type=prediction, **config, **SPACING[spacing],
+            )  # fmt: skip
+            schedule = schedule_of(scheduler)
+            table = solvers.build(
+                solver, schedule, steps, prediction=prediction, spacing=spacing, **options
+            )
+            peer = Peer(scheduler, steps, monkeypatch)
+            if name != D:  # it rounds the times and keeps the levels
+                times = scheduler.timesteps.double().numpy()
+                # float32 logs of up to 5 apart by at least 2e-3 (one index): 5 EPS / 2e-3 indices
+                assert np.abs(times - table.times).max() <= EPS / 2 * 1000 + 5 * EPS / 2e-3
+            x, outputs = x_of(schedule), outputs_of(table)
+            ours, budget = run_with_budget(table, x, outputs)
+            alphas = [*table.alphas, 1.0]
+            is_dpm = name == D
+            theirs = peer.states(x, outputs, alphas, levels=not is_dpm)
+            assert_within(theirs, ours, budget, (spacing, steps))
+
+
+@pytest.mark.parametrize("case", ["dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2m-heun"])
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
+def test_dpm_on_the_linspace_of_diffusers(case, final, monkeypatch):
+    """Its linspace leaves out time 0, so the grid is handed over."""
+    solver, options, name, config, _ = LEVELS[case]
+    for steps in (7, 20):
+        scheduler = getattr(diffusers, name)(
+            beta_schedule="scaled_linear", final_sigmas_type=final, lower_order_final=False,
+            timestep_spacing="linspace", **config,
+        )  # fmt: skip
+        schedule = schedule_of(scheduler)
+        peer = Peer(scheduler, steps, monkeypatch)
+        grid = grid_of(scheduler)
+        table = solvers.build_on(solver, schedule, grid, **options)
+        x, outputs = x_of(schedule), outputs_of(table)
+        ours, budget = run_with_budget(table, x, outputs)
+        ours[-1] = ours[-1] / grid.alphas[-1]
+        theirs = peer.states(x, outputs, grid.alphas, levels=False)
+        assert_within(theirs, ours, budget, (final, steps))
+
+
+def test_euler_churn_adds_the_same_noise(monkeypatch):
+    """The update is the same; diffusers evaluates the network before the noise, see below."""
+    options = {"s_churn": 5.0, "s_tmin": 0.0, "s_tmax": math.inf, "s_noise": 1.003}
+    scheduler = diffusers.EulerDiscreteScheduler(
+        beta_schedule="scaled_linear", use_karras_sigmas=True
+    )
+    schedule = schedule_of(scheduler)
+    table = solvers.build("euler", schedule, 10, spacing="karras", **options)
+    peer = Peer(scheduler, 10, monkeypatch)
+    monkeypatch.setattr(
+        sys.modules[type(scheduler).__module__], "randn_tensor",
+        lambda *_, **__: torch.from_numpy(fixed_draw(2, 2 * peer.row)).float(),
+    )  # fmt: skip
+    x, outputs = x_of(schedule), outputs_of(table)
+    feed = iter(outputs)
+    states = run(table, x, lambda *_: next(feed), fixed_draw)[1::2]
+    alphas = [*table.alphas[::2], 1.0]
+    _, budget = run_with_budget(table, x, outputs)
+    theirs = peer.states(x, outputs, alphas, levels=True, **options)
+    ours = [s / a for s, a in zip(states, alphas[1:], strict=True)]
+    assert_within(theirs, ours, budget[1::2], "churn")
+
+
+# --- where diffusers departs from its source: the table follows the source ------------------
+
+
+V = np.tanh(draws(1, 99))
+
+
+def departure_ddim(spacing, steps):
+    scheduler = diffusers.DDIMScheduler(timestep_spacing=spacing, clip_sample=False)
+    return scheduler, ("ddim", {}, spacing, steps), lambda p, x: oracles.ddim(p, x, 0.0)
+
+
+def departure_ddpm(variance, spacing, steps):
+    scheduler = diffusers.DDPMScheduler(
+        timestep_spacing=spacing, variance_type=variance, clip_sample=False
+    )
+    table = ("ddpm", {"variance": variance}, spacing, steps)
+    return scheduler, table, lambda p, x: oracles.ddpm(p, x, variance, lambda *_: V)
+
+
+DEPARTURES = {
+    "ddim-linspace": (
+        departure_ddim("linspace", 10),
+        "steps back by T // steps = 100 though the times are 111 apart",
+    ),
+    "ddim-trailing": (
+        departure_ddim("trailing", 7),
+        "steps back by T // steps = 142 though the times are 143 apart",
+    ),
+    "ddpm-large-trailing": (
+        departure_ddpm("fixed_large", "trailing", 10),
+        "adds noise of variance beta to clean data, as the last time is not 0",
+    ),
+    "ddpm-learned-trailing": (
+        departure_ddpm("learned_range", "trailing", 10),
+        "adds noise to clean data, between beta and 1e-20 by the network",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DEPARTURES)
+def test_departures(case, monkeypatch):
+    (scheduler, (solver, options, spacing, steps), oracle), reason = DEPARTURES[case]
+    schedule = schedule_of(scheduler)
+    table = solvers.build(solver, schedule, steps, spacing=spacing, **options)
+    peer = Peer(scheduler, steps, monkeypatch)
+    x, outputs = x_of(schedule), outputs_of(table)
+    ours, budget = run_with_budget(table, x, outputs, variance=lambda *_: V)
+    v = V if "learned" in case else None
+    theirs = peer.states(x, outputs, [*table.alphas, 1.0], levels=False, variance=v)
+    assert np.abs(theirs[-1] - ours[-1]).max() > 2 * budget[-1], f"mended upstream? {reason}"
+    p = problem_of(schedule, schedule.points(steps, spacing), "epsilon")
+    feed = iter(outputs)
+    p.network, p.noise = lambda *_: next(feed), fixed_draw
+    want = [s / a for s, a in zip(oracle(p, x), p.alphas[1:], strict=True)]
+    assert_same(ours, want, case)
+
+
+def test_v_prediction_under_churn_departs(monkeypatch):
+    """diffusers converts v with the level before the churn; the state already is after it."""
+    scheduler = diffusers.EulerDiscreteScheduler(prediction_type="v_prediction")
+    Peer(scheduler, 10, monkeypatch)
+    scheduler.set_begin_index(7)
+    m, z, t = torch.full(SHAPE, 0.5), torch.full(SHAPE, 3.0), scheduler.timesteps[7]
+    scheduler.scale_model_input(z, t)
+    got = scheduler.step(m, t, z, s_churn=100.0, s_noise=0.0).pred_original_sample[0, 0]
+    before = float(scheduler.sigmas[7])
+    x0 = [3 / (r**2 + 1) - 0.5 * r / math.sqrt(r**2 + 1) for r in (before, before * math.sqrt(2))]
+    assert abs(float(got) - x0[0]) < 8 * EPS * abs(x0[0]) < abs(x0[0] - x0[1])
+
+
+def test_ddim_is_nan_in_diffusers_from_zero_snr_with_eta_1():
+    """1 - abar' - std^2 is 0 there and rounds to below 0; the table takes the limit."""
+    scheduler = diffusers.DDIMScheduler(
+        beta_schedule="scaled_linear", prediction_type="v_prediction", timestep_spacing="trailing",
+        rescale_betas_zero_snr=True,
+    )  # fmt: skip
+    scheduler.set_timesteps(10)
+    x, t = torch.ones(SHAPE), scheduler.timesteps[0]
+    assert scheduler.step(x, t, x, eta=1.0).prev_sample.isnan().any()
+
+
+# --- k-diffusion ----------------------------------------------------------------------------
+
+
+def k_sampling():
+    """k_diffusion.sampling alone: the package itself imports torchvision, wandb and CLIP."""
+    why = "k-diffusion (with torchdiffeq, torchsde and tqdm) is not installed"
+    for needed in ("torchdiffeq", "torchsde", "scipy", "tqdm"):
+        pytest.importorskip(needed, reason=why)
+    if "k_diffusion.sampling" in sys.modules:
+        return sys.modules["k_diffusion.sampling"]
+    found = importlib.util.find_spec("k_diffusion")
+    if found is None:
+        pytest.skip(why)
+    package, utils = types.ModuleType("k_diffusion"), types.ModuleType("k_diffusion.utils")
+    package.__path__ = list(found.submodule_search_locations)
+    utils.append_dims = lambda x, n: x[(...,) + (None,) * (n - x.ndim)]
+    package.utils = utils
+    sys.modules |= {"k_diffusion": package, "k_diffusion.utils": utils}
+    try:
+        return importlib.import_module("k_diffusion.sampling")
+    finally:  # leave no half of a package behind
+        for name in ("k_diffusion", "k_diffusion.utils"):
+            del sys.modules[name]
+
+
+CHURN = {"s_churn": 3.0, "s_noise": 1.003}
+K_CASES = {
+    "euler": ({}, "deterministic"),
+    "euler-churn": (CHURN, "noise at every level"),
+    "euler_ancestral": ({"eta": 0.7, "s_noise": 1.01}, "options"),
+    "heun": ({}, "deterministic"),
+    "heun-churn": (CHURN, "noise at every level"),
+    "dpmpp_2m": ({}, "deterministic"),
+    "dpmpp_2m_sde": ({}, "default"),
+    "dpmpp_2m_sde-heun": ({"eta": 0.4, "s_noise": 1.01, "solver_type": "heun"}, "options"),
+}
+
+
+@pytest.mark.parametrize("name", ["linear", "edm"])
+@pytest.mark.parametrize("case", K_CASES)
+def test_k_diffusion(case, name, monkeypatch):
+    sampling = k_sampling()
+    solver, (options, _) = case.split("-")[0], K_CASES[case]
+    schedule = {"linear": schedules.linear(), "edm": schedules.edm()}[name]
+    for prediction in ("epsilon", "sample"):
+        for spacing in schedules.SPACINGS[schedule.kind]:
+            for steps in (1, 2, 10, 30):
+                if steps == 1 and "sde" in case:
+                    continue  # UnboundLocalError in k-diffusion 0.1.1: h of a lone last step
+                grid = schedule.points(steps, spacing)
+                p = problem_of(schedule, grid, prediction)
+                p.network = make_network(schedule, prediction)
+                table = solvers.build(
+                    solver, schedule, steps, prediction=prediction, spacing=spacing, **options
+                )
+                x = start(schedule)
+                got = run(table, x, p.network, draws)
+                known = dict(zip(np.round(p.levels, 9), grid.times, strict=True))
+
+                def denoise(z, sigma, p=p, known=known):
+                    level = float(sigma[0])
+                    t = known.get(np.round(level, 9))  # the grid's own time, without rounding
+                    return torch.from_numpy(p.denoised(z.numpy(), level, t))
+
+                calls = iter(range(10**6))
+                stride = len(table.rows) // steps + ("heun" in case)
+                kind = 2 if "churn" in case else 1
+
+                def noise(*_, calls=calls, stride=stride, kind=kind):
+                    return torch.from_numpy(draws(kind, next(calls) * (stride if kind == 2 else 1)))
+
+                monkeypatch.setattr(torch, "randn_like", noise)
+                more = {} if "ancestral" not in case and "sde" not in case else {
+                    "noise_sampler": noise
+                }  # fmt: skip
+                want = getattr(sampling, f"sample_{solver}")(
+                    denoise, torch.from_numpy(x / grid.alphas[0]), torch.tensor(p.levels),
+                    disable=True, **options, **more,
+                )  # fmt: skip
+                sizes = (np.abs(g).max() / a for g, a in zip(got[:-1], table.alphas[1:], strict=True))
+                largest = max([np.abs(x).max() / grid.alphas[0], *sizes])
+                label = (case, name, prediction, spacing, steps)
+                assert_same([got[-1]], [want.numpy()], label, largest)
