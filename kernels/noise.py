@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from fastdiff.kernels._common import (
     EXACT,
     WARPS,
@@ -18,6 +17,7 @@ from fastdiff.kernels._common import (
     store_float,
     tiles,
 )
+
 from fastdiff.ops._layout import memory_format
 from fastdiff.ops.noise import Draw
 

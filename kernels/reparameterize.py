@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-
 from fastdiff.kernels._common import (
     EXACT,
     WARPS,
@@ -24,6 +23,7 @@ from fastdiff.kernels._common import (
     store_float,
     tiles,
 )
+
 from fastdiff.ops.reparameterize import Reparameterize, ReparameterizeBackward
 
 _SUM_BLOCK = 1024

@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-
-from fastdiff import table
 from fastdiff.kernels._common import (
     EXACT,
     WARPS,
@@ -25,6 +23,8 @@ from fastdiff.kernels._common import (
     store_float,
     tiles,
 )
+
+from fastdiff import table
 from fastdiff.ops._presence import presence
 from fastdiff.ops.reverse_step import Step
 
@@ -68,7 +68,9 @@ def _plus(total, coefficient, t, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _add(to_x, to_y, f, t, TERM: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr):
+def _add(
+    to_x, to_y, f, t, TERM: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr
+):
     if (A >> TERM) & 1:
         to_x = _plus(to_x, tl.load(f + _A + TERM), t, ROWS)
     if (B >> TERM) & 1:
@@ -153,7 +155,8 @@ def reverse_step_kernel(
     if PUSH:
         slot = tl.load(info + _PUSH)
 
-    # Draws, one Philox call for four elements.
+    # Draws, one Philox call for four elements. Of two nested `if`, the outer one is the compiler's
+    # and the inner one, where samples have their own rows, the kernel's.
     if N1 or N2:
         seed = tl.load(seeds + sample)
         if CHANNELS_LAST:
@@ -163,12 +166,12 @@ def reverse_step_kernel(
             if ROWS:  # the branches below must not leave these undefined
                 a0 = tl.zeros(block.shape, tl.float32)
                 a1, a2, a3, b0, b1, b2, b3 = a0, a0, a0, a0, a0, a0, a0
-            if N1:
+            if N1:  # noqa: SIM102
                 if _uses(f, 8) if ROWS else True:
                     a0, a1, a2, a3 = normal4(
                         seed, tl.load(info + _STREAM1), tl.load(info + _COUNTER1), block, high
                     )
-            if N2:
+            if N2:  # noqa: SIM102
                 if _uses(f, 9) if ROWS else True:
                     b0, b1, b2, b3 = normal4(
                         seed, tl.load(info + _STREAM2), tl.load(info + _COUNTER2), block, high
@@ -177,12 +180,12 @@ def reverse_step_kernel(
             if ROWS:
                 a0 = tl.zeros((BLOCK,), tl.float32)
                 b0 = a0
-            if N1:
+            if N1:  # noqa: SIM102
                 if _uses(f, 8) if ROWS else True:
                     a0 = normal_run(
                         seed, tl.load(info + _STREAM1), tl.load(info + _COUNTER1), tile, WIDE, BLOCK
                     )
-            if N2:
+            if N2:  # noqa: SIM102
                 if _uses(f, 9) if ROWS else True:
                     b0 = normal_run(
                         seed, tl.load(info + _STREAM2), tl.load(info + _COUNTER2), tile, WIDE, BLOCK

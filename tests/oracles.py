@@ -205,7 +205,7 @@ def euler_ancestral(p: Problem, x: Array, eta: float, s_noise: float) -> list:
 
 
 def heun(p: Problem, x: Array, churn: tuple) -> list:
-    """Karras et al. 2022, algorithm 2. A first level that is infinite takes an Euler step (DDIM)."""
+    """Karras et al. 2022, algorithm 2. From an infinite level the step is Euler's (DDIM)."""
     states: list = []
     z = x / p.alphas[0] if p.alphas[0] else x
     for i in range(p.steps):

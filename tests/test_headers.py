@@ -54,7 +54,7 @@ API void exponential(const float* x, float* y, int64_t n) {
 }
 """
 
-# the flags of each set in CMakeLists.txt, and the flag that /proc/cpuinfo shows for it
+# the instruction flags of each set in CMakeLists.txt, and the flag that /proc/cpuinfo shows for it
 SETS = {
     "portable": ([], None),
     "avx2": (["-mavx2", "-mfma"], "avx2"),

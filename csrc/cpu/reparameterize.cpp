@@ -3,13 +3,12 @@
 // Forward reads mu and logvar, writes z; backward reads both and grad_z, writes two gradients and
 // draws eps anew instead of loading it. z is equal in bits on every backend; the KL is a sum, the
 // same for any number of threads (fixed chunks, added in order) but not promised across backends.
-// Accumulates in float32 inside a chunk, in float64 over the chunks.
+// Each of its 16 running sums of a chunk is float32, everything above them float64.
 //
 // Both passes are bound by arithmetic, two thirds of it the noise, so a piece asks for the memory
 // of the next one before it starts: bytes then arrive while noise is drawn.
 #include "../step.h"
 
-#include <algorithm>
 #include <vector>
 
 #include "fill_normal.h"
@@ -26,6 +25,9 @@ constexpr int kPiece = 256;   // elements at a time: the lines asked for ahead f
 constexpr int kChunk = 1024;  // elements of one partial sum of the KL
 constexpr int kLanes = 16;    // partial sums of a chunk: one fixed order for every instruction set
 
+// not std::min: a template instance of one instruction set must not serve another
+FD_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 struct alignas(64) Scratch {
   float mu[kPiece], logvar[kPiece], grad_z[kPiece];  // 16-bit inputs, converted
   float eps[kPiece], reduced[kPiece], sd[kPiece];
@@ -37,8 +39,8 @@ struct Ahead {
   int64_t at, n, width;
 
   Ahead(int64_t next, int64_t total, int dtype)
-      : at(std::min(next, total)),
-        n(std::min<int64_t>(total - at, kPiece)),
+      : at(least(next, total)),
+        n(least(total - at, kPiece)),
         width(dtype == kFloat32 ? 4 : 2) {}
 
   void read(const void* tensor) const {
@@ -85,15 +87,15 @@ inline void add_kl(const float* mu, const float* logvar, const float* sd, int n,
 
 void reparameterize(const FdReparameterizeArgs& a) {
   const int64_t chunks = (a.size + kChunk - 1) / kChunk, total = a.samples * a.size;
-  std::vector<float> partial(a.kl ? static_cast<size_t>(a.samples * chunks) : 0);
+  std::vector<double> partial(a.kl ? static_cast<size_t>(a.samples * chunks) : 0);
   parallel_for(a.samples * chunks, 2.0 * kChunk, [&](int64_t begin, int64_t end) {
     Scratch s;
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t sample = unit / chunks, start = unit % chunks * kChunk;
-      const int64_t stop = std::min(start + kChunk, a.size);
+      const int64_t stop = least(start + kChunk, a.size);
       float lane[kLanes] = {};
       for (int64_t first = start; first < stop; first += kPiece) {
-        const int n = static_cast<int>(std::min<int64_t>(stop - first, kPiece));
+        const int n = static_cast<int>(least(stop - first, kPiece));
         const int64_t at = sample * a.size + first;
         const Ahead ahead(at + n, total, a.in_dtype);
         ahead.read(a.mu);
@@ -113,7 +115,7 @@ void reparameterize(const FdReparameterizeArgs& a) {
         finish(z, a.in_dtype, a.z, at, n);
       }
       if (!a.kl) continue;
-      float sum = 0.0f;
+      double sum = 0.0;
       for (int j = 0; j < kLanes; ++j) sum += lane[j];
       partial[static_cast<size_t>(unit)] = sum;
     }
@@ -133,7 +135,7 @@ void reparameterize_backward(const FdReparameterizeBackwardArgs& a) {
     Scratch s;
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t sample = unit / pieces, first = unit % pieces * kPiece;
-      const int n = static_cast<int>(std::min<int64_t>(a.size - first, kPiece));
+      const int n = static_cast<int>(least(a.size - first, kPiece));
       const int64_t at = sample * a.size + first;
       const Ahead ahead(at + n, total, a.in_dtype);
       ahead.read(a.mu);

@@ -6,7 +6,7 @@ everything that some row may use is compiled in, and the kernel decides by the r
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -79,7 +79,7 @@ def _of_rows(packed: Packed) -> list[Presence]:
     return rows
 
 
-_rows: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # type: ignore[no-untyped-call]
+_rows: Any = WeakTensorKeyDictionary()  # packed floats -> list[Presence]
 
 
 def presence(step: Step) -> Presence:

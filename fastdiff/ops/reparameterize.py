@@ -57,13 +57,12 @@ Call = Reparameterize | ReparameterizeBackward
 # --- backends -------------------------------------------------------------------------------
 
 
-def _size(mu: torch.Tensor) -> int:
-    return mu.numel() // mu.shape[0] if mu.shape[0] else 0
-
-
 def _noise(call: Call) -> torch.Tensor:
     seeds = call.seeds.cpu().numpy().view(np.uint64)
-    eps = torch.from_numpy(normals(seeds, _size(call.mu), call.step, call.stream))
+    if len(seeds) == 0:
+        return torch.empty_like(call.mu, dtype=torch.float32)
+    size = call.mu.numel() // len(seeds)
+    eps = torch.from_numpy(normals(seeds, size, call.step, call.stream))
     return eps.view(call.mu.shape).to(call.mu.device)
 
 
@@ -81,38 +80,24 @@ def _reference_backward(call: ReparameterizeBackward) -> None:
     call.grad_logvar.copy_(grad_logvar)
 
 
+def _inputs(call: Call) -> tuple[int, ...]:
+    """What both kernels of the extension take in the middle of their arguments."""
+    mu, logvar = call.mu, call.logvar
+    kind, seeds = _native.DTYPES[mu.dtype], call.seeds.data_ptr()
+    count = mu.shape[0]
+    size = mu.numel() // max(count, 1)
+    return mu.data_ptr(), logvar.data_ptr(), kind, seeds, call.step, call.stream, count, size
+
+
 def _cpu(call: Reparameterize) -> None:
-    mu = call.mu
-    _native.extension.reparameterize(
-        mu.data_ptr(),
-        call.logvar.data_ptr(),
-        _native.DTYPES[mu.dtype],
-        call.seeds.data_ptr(),
-        call.step,
-        call.stream,
-        mu.shape[0],
-        _size(mu),
-        call.z.data_ptr(),
-        call.kl.data_ptr(),
-    )
+    outputs = (call.z.data_ptr(), call.kl.data_ptr())
+    _native.extension.reparameterize(*_inputs(call), *outputs)
 
 
 def _cpu_backward(call: ReparameterizeBackward) -> None:
-    mu = call.mu
-    _native.extension.reparameterize_backward(
-        _native.address(call.grad_z),
-        _native.address(call.grad_kl),
-        mu.data_ptr(),
-        call.logvar.data_ptr(),
-        _native.DTYPES[mu.dtype],
-        call.seeds.data_ptr(),
-        call.step,
-        call.stream,
-        mu.shape[0],
-        _size(mu),
-        call.grad_mu.data_ptr(),
-        call.grad_logvar.data_ptr(),
-    )
+    grads = (_native.address(call.grad_z), _native.address(call.grad_kl))
+    outputs = (call.grad_mu.data_ptr(), call.grad_logvar.data_ptr())
+    _native.extension.reparameterize_backward(*grads, *_inputs(call), *outputs)
 
 
 def _refuse_cpu(call: Call) -> str | None:
@@ -159,15 +144,19 @@ def _outputs(mu: torch.Tensor) -> _Pair:
     return z, torch.empty(mu.shape[0], dtype=kl, device=mu.device)
 
 
+def _call(
+    mu: torch.Tensor, logvar: torch.Tensor, seeds: torch.Tensor, step: int, stream: int
+) -> Reparameterize:
+    inputs = (mu.contiguous(), logvar.contiguous(), seeds.contiguous())
+    return Reparameterize(*inputs, step, stream, *_outputs(mu))
+
+
 def _forward(
     mu: torch.Tensor, logvar: torch.Tensor, seeds: torch.Tensor, step: int, stream: int
 ) -> _Pair:
-    z, kl = _outputs(mu)
-    call = Reparameterize(
-        mu.contiguous(), logvar.contiguous(), seeds.contiguous(), step, stream, z, kl
-    )
+    call = _call(mu, logvar, seeds, step, stream)
     choose(OP, call)[1](call)
-    return z, kl
+    return call.z, call.kl
 
 
 def _gradients(mu: torch.Tensor) -> _Pair:
@@ -211,16 +200,9 @@ _LIBRARY.define(
 )
 _LIBRARY.impl("reparameterize", _forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("reparameterize_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "fastdiff::reparameterize",
-    lambda mu, logvar, seeds, step, stream: _outputs(mu),
-    lib=_LIBRARY,
-)
-torch.library.register_fake(
-    "fastdiff::reparameterize_backward",
-    lambda grad_z, grad_kl, mu, logvar, seeds, step, stream: _gradients(mu),
-    lib=_LIBRARY,
-)
+_fake = torch.library.register_fake
+_fake("fastdiff::reparameterize", lambda mu, *_: _outputs(mu), lib=_LIBRARY)
+_fake("fastdiff::reparameterize_backward", lambda gz, gkl, mu, *_: _gradients(mu), lib=_LIBRARY)
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -344,6 +326,14 @@ def _seeds_of(seeds: Any, mu: torch.Tensor) -> torch.Tensor:
     return values if values.device == mu.device else values.to(mu.device)
 
 
+def _check(
+    mu: Any, logvar: Any, seeds: Any, step: Any, stream: Any
+) -> tuple[torch.Tensor, int, int]:
+    _check_tensors(mu, logvar)
+    values = _seeds_of(seeds, mu)
+    return values, _check_counter("step", step), _check_counter("stream", stream)
+
+
 def prepare(
     mu: torch.Tensor,
     logvar: torch.Tensor,
@@ -353,11 +343,7 @@ def prepare(
     stream: int = Stream.REPARAMETERIZE,
 ) -> Reparameterize:
     """The arguments of `reparameterize`, checked, with its outputs allocated."""
-    _check_tensors(mu, logvar)
-    values = _seeds_of(seeds, mu)
-    step, stream = _check_counter("step", step), _check_counter("stream", stream)
-    z, kl = _outputs(mu)
-    return Reparameterize(mu.contiguous(), logvar.contiguous(), values, step, stream, z, kl)
+    return _call(mu, logvar, *_check(mu, logvar, seeds, step, stream))
 
 
 def reparameterize(
@@ -398,9 +384,7 @@ def reparameterize(
         TypeError, ValueError: an argument breaks its rule.
         BackendError: the forced backend cannot do it.
     """
-    _check_tensors(mu, logvar)
-    values = _seeds_of(seeds, mu)
-    step, stream = _check_counter("step", step), _check_counter("stream", stream)
+    values, step, stream = _check(mu, logvar, seeds, step, stream)
     if not _eager(mu, logvar):
         op: Any = torch.ops.fastdiff.reparameterize.default
         return op(mu, logvar, values, step, stream)  # type: ignore[no-any-return]

@@ -55,7 +55,9 @@ def build(
             (alpha*noise - sigma*x0, discrete schedules), "flow" (noise - x0, flow schedules),
             "edm" (the raw network of Karras et al. 2022, with its c_in, c_skip, c_out and
             t = ln(sigma)/4, EDM schedules).
-        spacing: as in `Schedule.points`; None for the schedule's default.
+        spacing: as in `Schedule.points`; None for the schedule's default, which is good at few
+            steps. From about ten steps, "exponential" or "karras" serve the second-order solvers
+            better on linear and scaled_linear (their times are fractional).
         final: "zero" ends at clean data, "sigma_min" at the schedule's least noisy time.
         options: of the solver, see its builder; and `rho`, `steps_offset` of `Schedule.points`.
 

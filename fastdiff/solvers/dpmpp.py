@@ -21,7 +21,8 @@ def _phi(h: float) -> float:
 def _multistep(walk: Walk, eta: float, s_noise: float, solver_type: str) -> None:
     """x' = (sigma'/sigma) e^{-eta h} x + alpha' (1 - e^{-(1+eta)h}) D + slope (D - D_old) + noise.
 
-    Without a finite last and next step the slope is left out: D_old has no weight there.
+    A step to clean data is of first order, and after a step from alpha 0 (whose h is infinite)
+    D_old has no weight.
     """
     last: Step | None = None
     for step in walk:
@@ -29,7 +30,7 @@ def _multistep(walk: Walk, eta: float, s_noise: float, solver_type: str) -> None
         total = (1 + eta) * h
         decay = math.exp(-eta * h) if eta else 1.0
         x = {"x": step.gain * decay, "d": step.next.alpha * -math.expm1(-total)}
-        if last is not None and math.isfinite(h) and math.isfinite(last.h):
+        if last is not None and math.isfinite(h):
             weight = -math.expm1(-total) / 2 if solver_type == "midpoint" else _phi(total)
             slope = step.next.alpha * weight * h / last.h
             x |= {"d": x["d"] + slope, "h0": -slope}
@@ -59,8 +60,8 @@ def dpmpp_2m_sde(
 ) -> StepTable:
     """Lu et al. 2022 (arXiv:2211.01095), SDE-DPM-Solver++(2M), appendix B, with k-diffusion's eta.
 
-    Order 2 with eta = 0, one evaluation and one draw a step, one x0 kept. The first step and the
-    step to clean data are of first order. Other names: sample_dpmpp_2m_sde,
+    Order 2 (weak: measured on Gaussian data), one evaluation and one draw a step, one x0 kept. The
+    first step and the step to clean data are of first order. Other names: sample_dpmpp_2m_sde,
     DPMSolverMultistepScheduler with algorithm_type "sde-dpmsolver++".
 
     Args:
@@ -71,4 +72,4 @@ def dpmpp_2m_sde(
     eta, s_noise = number("eta", eta, 0.0), number("s_noise", s_noise, 0.0)
     choice("solver_type", solver_type, SOLVER_TYPES)
     _multistep(walk, eta, s_noise, solver_type)
-    return walk.table("dpmpp_2m_sde", 1 if eta else 2)
+    return walk.table("dpmpp_2m_sde", 2)

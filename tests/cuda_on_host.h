@@ -1,0 +1,106 @@
+// Runs a kernel of csrc/cuda on the host: each thread of a block is a fiber, and __syncthreads hands
+// over to the next one. Slow and exact; for the tests, on machines without a CUDA device.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+struct FdIndex {
+  unsigned int x, y;
+};
+static FdIndex gridDim, blockDim, blockIdx, threadIdx;
+
+namespace fd_host {
+
+static ucontext_t scheduler;
+static std::vector<ucontext_t> fibers;
+static std::vector<bool> done;
+static unsigned int running;
+
+static void select(unsigned int t) {
+  running = t;
+  threadIdx = {t % blockDim.x, t / blockDim.x};
+}
+
+static void sync() {
+  const unsigned int me = running;
+  swapcontext(&fibers[me], &scheduler);
+}
+
+template <class T>
+T from_word(uint64_t word) {
+  T value;
+  std::memcpy(&value, &word, sizeof value);
+  return value;
+}
+
+template <class... A, size_t... I>
+void call(void (*kernel)(A...), const uint64_t* words, std::index_sequence<I...>) {
+  kernel(from_word<A>(words[I])...);
+}
+
+template <class... A>
+struct Block {
+  static void (*kernel)(A...);
+  static const uint64_t* words;
+  static void fiber() {
+    call(kernel, words, std::index_sequence_for<A...>{});
+    done[running] = true;
+    swapcontext(&fibers[running], &scheduler);
+  }
+};
+template <class... A>
+void (*Block<A...>::kernel)(A...);
+template <class... A>
+const uint64_t* Block<A...>::words;
+
+// geometry: grid x, grid y, block x, block y; words: one a parameter, its bits from the low end
+template <class... A>
+void launch(void (*kernel)(A...), const uint64_t* geometry, const uint64_t* words) {
+  gridDim = {unsigned(geometry[0]), unsigned(geometry[1])};
+  blockDim = {unsigned(geometry[2]), unsigned(geometry[3])};
+  Block<A...>::kernel = kernel;
+  Block<A...>::words = words;
+  const unsigned int threads = blockDim.x * blockDim.y;
+  const size_t stack = 64 << 10;
+  static std::vector<char> stacks;
+  stacks.resize(threads * stack);
+  fibers.resize(threads);
+  for (unsigned int y = 0; y < gridDim.y; ++y) {
+    for (unsigned int x = 0; x < gridDim.x; ++x) {
+      blockIdx = {x, y};
+      done.assign(threads, false);
+      for (unsigned int t = 0; t < threads; ++t) {
+        getcontext(&fibers[t]);
+        fibers[t].uc_stack.ss_sp = stacks.data() + t * stack;
+        fibers[t].uc_stack.ss_size = stack;
+        fibers[t].uc_link = &scheduler;
+        makecontext(&fibers[t], Block<A...>::fiber, 0);
+      }
+      for (bool left = true; left;) {
+        left = false;
+        for (unsigned int t = 0; t < threads; ++t) {
+          if (done[t]) continue;
+          select(t);
+          swapcontext(&scheduler, &fibers[t]);
+          left = left || !done[t];
+        }
+      }
+    }
+  }
+}
+
+}  // namespace fd_host
+
+#define __global__
+#define __shared__ static
+#define __launch_bounds__(threads)
+#define __syncthreads() fd_host::sync()
+#define FD_EXPORT(kernel)                                                            \
+  extern "C" void host_##kernel(const uint64_t* geometry, const uint64_t* words) {   \
+    fd_host::launch(kernel, geometry, words);                                        \
+  }

@@ -1,0 +1,313 @@
+"""Cases that run the Triton kernels in Triton's interpreter, on CPU tensors.
+
+    TRITON_INTERPRET=1 python tests/triton_cases.py NAME...
+
+prints a line of JSON for each case. The flag must stand before Triton is imported and changes every
+kernel of the process, so test_triton.py runs this file in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from bits import assert_same_bits
+from budget import assert_within_budget
+from fastdiff.kernels import _common
+from fastdiff.kernels import noise as noise_module
+from fastdiff.kernels import reparameterize as vae_module
+from fastdiff.kernels import reverse_step as step_module
+from tables import Inputs, random_inputs, random_table, walk
+
+import fastdiff
+from fastdiff import randn, use_backend
+from fastdiff.ops import as_seeds, reparameterize, reverse_step
+from fastdiff.reference.noise import normals
+from fastdiff.reference.reparameterize import reparameterize as exact_reparameterize
+from fastdiff.table import StepTable
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+PLAIN, LAST, LAST_3D = torch.contiguous_format, torch.channels_last, torch.channels_last_3d
+SEEDS = [1, 2**63 + 5, 2**64 - 1]
+CASES: dict[str, Callable[[], None]] = {}
+
+
+def case(run: Callable[[], None]) -> Callable[[], None]:
+    CASES[run.__name__] = run
+    return run
+
+
+@contextmanager
+def small_tiles(block: int, *, wide: bool = False) -> Iterator[None]:
+    """Tiles of `block` elements, so that a small tensor has many; with 64-bit offsets if asked."""
+    before, make = _common._INTERPRETER_BLOCK, _common.tiles
+    _common._INTERPRETER_BLOCK = block
+
+    def tiles(*args: Any, **keywords: Any) -> Any:
+        return make(*args, **keywords)._replace(WIDE=wide)
+
+    modules = (noise_module, step_module, vae_module)
+    for module in modules:
+        module.tiles = tiles
+    try:
+        yield
+    finally:
+        _common._INTERPRETER_BLOCK = before
+        for module in modules:
+            module.tiles = make
+
+
+# --- noise ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def _words_kernel(words):
+    c0, c1, c2, c3 = _common._philox4x32_10(
+        tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3),
+        tl.load(words + 4), tl.load(words + 5),
+    )  # fmt: skip
+    tl.store(words, c0)
+    tl.store(words + 1, c1)
+    tl.store(words + 2, c2)
+    tl.store(words + 3, c3)
+
+
+@case
+def philox_known_answers() -> None:
+    # Random123, examples/kat_vectors: counter, key, result
+    for words, result in (
+        ("00000000 00000000 00000000 00000000 00000000 00000000",
+         "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ("ffffffff ffffffff ffffffff ffffffff ffffffff ffffffff",
+         "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        ("243f6a88 85a308d3 13198a2e 03707344 a4093822 299f31d0",
+         "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ):  # fmt: skip
+        given = torch.tensor([int(w, 16) for w in words.split()], dtype=torch.uint32)
+        _words_kernel[(1,)](given, **_common.EXACT)
+        assert given[:4].tolist() == [int(w, 16) for w in result.split()]
+
+
+def _same_noise(size: tuple[int, ...], dtype: torch.dtype, fmt: torch.memory_format) -> None:
+    shape = (len(SEEDS), *size)
+    got = torch.empty(shape, dtype=dtype).contiguous(memory_format=fmt)
+    expected = torch.empty_like(got)
+    for backend, out in (("triton", got), ("reference", expected)):
+        with use_backend(backend):
+            randn(SEEDS, size, step=2**32 - 1, stream=3, out=out)
+    assert_same_bits(got, expected, f"{size} {dtype} {fmt}")
+
+
+@case
+def noise_sizes() -> None:
+    for n in (0, 1, 3, 4, 5, 127, 128, 129, 1025):  # around a block, a tile, and none of these
+        _same_noise((n,), F32, PLAIN)
+    for dtype in (BF16, F16):
+        for n in (5, 1025):
+            _same_noise((n,), dtype, PLAIN)
+    with small_tiles(128):
+        _same_noise((1025,), F32, PLAIN)
+    with small_tiles(128, wide=True):
+        _same_noise((1025,), F32, PLAIN)
+
+
+@case
+def noise_channels_last() -> None:
+    # 35, 9 and 15 pixels are no multiple of 4, 64 and 4 are; 70 and 130 channels need two tiles
+    for size, dtype in (
+        ((3, 5, 7), F32), ((4, 8, 8), BF16), ((1, 3, 3), F32), ((70, 3, 5), F16), ((130, 2, 2), F32)
+    ):  # fmt: skip
+        _same_noise(size, dtype, LAST)
+    _same_noise((3, 3, 5, 7), F32, LAST_3D)
+    for wide in (False, True):
+        with small_tiles(128, wide=wide):
+            _same_noise((5, 7, 9), F32, LAST)
+
+
+@case
+def noise_2_24() -> None:
+    with use_backend("triton"):
+        got = randn([9, 2**40], (2**23,))
+    assert_same_bits(got, randn([9, 2**40], (2**23,)))
+
+
+@triton.jit
+def _run_kernel(out, seed, step, stream, tile, BLOCK: tl.constexpr):
+    z = _common.normal_run(tl.load(seed), stream, step, tl.load(tile), True, BLOCK)
+    tl.store(out + tl.arange(0, BLOCK), z)
+
+
+@case
+def noise_beyond_32_bits() -> None:
+    seeds = as_seeds([2**63 + 11])
+    # the block passes 2^31 and 2^32 in these tiles, and is far beyond in the last
+    for tile in (2**33 // 128 - 1, 2**34 // 128 - 1, 2**34 // 128, 2**37):
+        got = torch.empty(128)
+        at = torch.tensor([tile])
+        _run_kernel[(1,)](got, seeds, 7, 1, at, BLOCK=128, **_common.EXACT)
+        expected = normals(seeds.numpy().view(np.uint64), 128, 7, 1, first=tile * 128)
+        assert_same_bits(got, torch.from_numpy(expected[0]), f"tile {tile}")
+
+
+# --- reverse step ---------------------------------------------------------------------------
+
+WEIGHTS = torch.tensor([1.0, 3.0, 0.0])
+BOUNDS = torch.tensor([0.5, -1.0, 2.0])
+
+
+def _same_walk(table: StepTable, inputs: Inputs, **how: Any) -> None:
+    with use_backend("triton"):
+        got = walk(table, inputs, **how)
+    with use_backend("cpu"):
+        expected = walk(table, inputs, **how)
+    for name in expected:
+        assert_same_bits(got[name], expected[name], name)
+
+
+def _walks(*settings: tuple[Any, ...]) -> None:
+    for i, (shape, dtype, fmt, guidance, clip, how) in enumerate(settings):
+        rng = np.random.default_rng(i)
+        inputs = random_inputs(rng, shape, dtype, fmt, guidance, clip)
+        _same_walk(random_table(rng), inputs, **how)
+
+
+@case
+def step_every_feature() -> None:
+    _walks(
+        ((2, 1025), F32, PLAIN, 1.0, None, {}),
+        ((2, 1025), BF16, PLAIN, 2.5, 1.5, {"in_place": True}),
+        ((3, 129), F16, PLAIN, WEIGHTS, BOUNDS, {}),
+    )
+
+
+@case
+def step_channels_last() -> None:
+    _walks(
+        ((3, 5, 7, 9), F32, LAST, WEIGHTS, BOUNDS, {"in_place": True}),
+        ((2, 8, 6, 6), BF16, LAST, 2.5, 1.5, {}),
+        ((1, 3, 3, 5, 7), F16, LAST_3D, 1.0, None, {}),
+    )
+
+
+@case
+def step_many_tiles() -> None:
+    with small_tiles(128):
+        _walks(((1, 400), F32, PLAIN, 2.5, None, {"rows": range(5)}))
+    with small_tiles(128, wide=True):
+        _walks(((1, 200), F32, PLAIN, 2.5, None, {"rows": range(5)}))
+        _walks(((1, 5, 3, 11), F32, LAST, 2.5, 1.0, {"rows": range(3)}))
+
+
+@case
+def step_per_sample_rows() -> None:
+    for i, (shape, dtype, fmt, guidance, clip) in enumerate(
+        (
+            ((3, 130), F32, PLAIN, 2.5, None),
+            ((3, 5, 3, 7), BF16, LAST, WEIGHTS, BOUNDS),
+            ((3, 64), F16, PLAIN, WEIGHTS, 0.5),
+        )
+    ):
+        rng = np.random.default_rng(i)
+        table = random_table(rng)
+        inputs = random_inputs(rng, shape, dtype, fmt, guidance, clip)
+        # what a row lacks stays NaN and must not be read into a result, nor be written
+        for rows in ([1, 3, 5], [2, 4, 0], [6, 3, 3], [3, 3, 3]):
+            results = []
+            for backend in ("triton", "cpu"):
+                ring = torch.empty(table.depth, *shape)
+                if fmt == LAST:
+                    ring = torch.empty(table.depth, *inputs.x.permute(0, 2, 3, 1).shape)
+                    ring = ring.permute(0, 1, 4, 2, 3)
+                state = {
+                    "out": torch.full_like(inputs.x, float("nan")),
+                    "y": inputs.variance.float() * 0.5,
+                    "history": ring.copy_(torch.stack([t.float() for t in inputs.unconds[:4]])),
+                    "model_input": torch.empty_like(inputs.outputs[0]),
+                }
+                with use_backend(backend):
+                    reverse_step(
+                        inputs.x,
+                        inputs.outputs[0],
+                        table,
+                        torch.tensor(rows),
+                        uncond=inputs.unconds[4],
+                        guidance=guidance,
+                        clip=clip,
+                        variance=inputs.variance,
+                        seeds=inputs.seeds,
+                        **state,
+                    )
+                results.append(state)
+            for name in results[1]:
+                assert_same_bits(results[0][name], results[1][name], f"{rows} {name}")
+
+
+# --- reparameterization ---------------------------------------------------------------------
+
+
+def _vae(size: tuple[int, ...], dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(0)
+    shape = (len(SEEDS), *size)
+    mu, logvar, grad_z = (torch.from_numpy(rng.standard_normal(shape)).to(dtype) for _ in range(3))
+    grad_kl = torch.from_numpy(rng.standard_normal(len(SEEDS))).float()
+    results: dict[str, list[torch.Tensor]] = {}
+    kls: dict[str, torch.Tensor] = {}
+    for backend in ("triton", "cpu", "reference"):
+        found = results[backend] = []
+        for through in ("zk", "z", "k"):
+            m, lv = mu.clone().requires_grad_(), logvar.clone().requires_grad_()
+            with use_backend(backend):
+                z, kl = reparameterize(m, lv, SEEDS, step=7)
+                outputs = [z] * ("z" in through) + [kl] * ("k" in through)
+                given = [grad_z] * ("z" in through) + [grad_kl] * ("k" in through)
+                found += [z.detach(), *torch.autograd.grad(outputs, (m, lv), given)]
+        kls[backend] = kl.detach()
+    for got, expected in zip(results["triton"], results["cpu"], strict=True):
+        assert_same_bits(got, expected, f"{size} {dtype}")
+    _, exact = exact_reparameterize(mu.double(), logvar.double(), torch.zeros(shape).double())
+    # the terms, each rounded a few times, are positive: half a ulp for each level of a sum of n
+    levels = max(1, int(np.ceil(np.log2(max(2, mu[0].numel())))))
+    assert_within_budget(kls["triton"], kls["reference"], exact, ulps=levels)
+    with use_backend("triton"):
+        again = reparameterize(mu, logvar, SEEDS, step=7)[1]
+    assert_same_bits(kls["triton"], again, "a second run")
+
+
+@case
+def reparameterize_sizes() -> None:
+    for size, dtype in (((1,), F32), ((3, 7, 3), BF16), ((129,), F16), ((0,), F32)):
+        _vae(size, dtype)
+
+
+@case
+def reparameterize_many_tiles() -> None:
+    with small_tiles(128):
+        _vae((1000,), F32)
+    with small_tiles(128, wide=True):
+        _vae((300,), F32)
+
+
+def main() -> None:
+    assert _common.INTERPRET.value, "TRITON_INTERPRET=1 must be set"
+    assert fastdiff.backends.unavailable("triton") is None
+    for name in sys.argv[1:] or CASES:
+        start, error = time.perf_counter(), ""
+        try:
+            CASES[name]()
+        except Exception:
+            error = traceback.format_exc()
+        seconds = time.perf_counter() - start
+        print(json.dumps({"case": name, "error": error, "seconds": seconds}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
