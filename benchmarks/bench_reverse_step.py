@@ -248,12 +248,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default="benchmarks/results/reverse_step.json")
     parser.add_argument("--repeats", type=int, default=41)
+    parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
     parser.add_argument("--no-compile", action="store_true", help="without the compiled peers")
     args = parser.parse_args(argv)
     for solver, clip in CASES:
         gate(solver, clip)
     rows = []
-    for threads in (2, 1):
+    for threads in args.threads:
         torch.set_num_threads(threads)
         for solver, clip in CASES:
             for shape in SHAPES:
@@ -261,6 +262,9 @@ def main(argv: list[str] | None = None) -> None:
                 compiling = not (args.no_compile or clip)
                 r = measure_case(solver, clip, shape, compiling, args.repeats)
                 rows.append(r)
+                # after every row: a run of minutes may be stopped
+                command = f"python -m benchmarks.bench_reverse_step {' '.join(argv)}"
+                measure.write_json(args.out, rows, command)
                 slower = ", ".join(f"{k} {v['quiet']:.2f}" for k, v in r["ratios"].items())
                 print(
                     f"{threads} threads {r['case']:<10} {shape!s:<22} "
@@ -269,7 +273,6 @@ def main(argv: list[str] | None = None) -> None:
                     f"round: {slower}",
                     flush=True,
                 )
-    measure.write_json(args.out, rows, f"python -m benchmarks.bench_reverse_step {' '.join(argv)}")
 
 
 # --- pytest-benchmark -----------------------------------------------------------------------

@@ -55,55 +55,94 @@ def backend_table() -> str:
     return _table(["op", *BACKENDS], rows)
 
 
-def _load(name: str) -> Any:
-    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+def _load(name: str) -> list[dict[str, Any]]:
+    path = RESULTS / name
+    if not path.exists():
+        return []
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return rows
 
 
-def _provenance(results: dict[str, Any]) -> str:
-    m = results["machine"]
+def _provenance(row: dict[str, Any]) -> str:
+    m = row["machine"]
     return (
-        f"`{results['command']}` on {m['cpu']}, {m['cores']} cores ({m['isa']}), "
+        f"`{row['command']}` on {m['cpu']}, {m['cores']} cores ({m['isa']}), "
         f"torch {m['torch']}, diffusers {m['diffusers']}."
     )
 
 
+# rows of the results that are no peers: the roofline, and our own other form
+_NO_PEERS = ("copy", "fastdiff, allocating")
+
+
 def benchmark_table() -> str:
-    """Ratios of a peer's time to ours, from benchmarks/results."""
+    """Ratios of a peer's time to ours on two threads, from benchmarks/results."""
     parts = []
     for name in ("reverse_step.json", "noise.json", "reparameterize.json"):
-        if not (RESULTS / name).exists():
-            continue
-        results = _load(name)
-        rows = []
-        for r in results["rows"]:
-            ours = r["seconds"][r["ours"]]["median"]
-            ratios = [
-                f"{peer} {ratio['median']:.1f}x"
-                for peer, ratio in r["ratios"].items()
-                if peer not in ("copy", "fastdiff, allocating")
+        found = _load(name)
+        rows = [
+            [
+                r["case"],
+                "x".join(map(str, r["shape"])),
+                f"{r['seconds'][r['ours']]['median'] * 1e6:.0f} us",
+                ", ".join(
+                    f"{peer} {ratio['median']:.1f}x"
+                    for peer, ratio in r["ratios"].items()
+                    if peer not in _NO_PEERS
+                ),
             ]
-            rows.append([r["case"], f"{ours * 1e6:.0f} us", ", ".join(ratios)])
-        head = ["case", "fastdiff", "how many times longer a peer takes, median of the rounds"]
-        parts.append(f"{_table(head, rows)}\n\n{_provenance(results)}")
-    return "\n\n".join(parts)
+            for r in found
+            if r["threads"] == 2
+        ]
+        if rows:
+            head = ["case", "shape", "fastdiff", "how many times longer the peer takes"]
+            parts.append(f"{_table(head, rows)}\n\n{_provenance(found[0])}")
+    if not parts:
+        return ""
+    note = (
+        "Two threads, float32, medians of rounds in which all functions of a row are called in "
+        "turn in one process. More columns, the roofline and one thread: "
+        "`python -m benchmarks.report benchmarks/results/*.json`."
+    )
+    return "\n\n".join([note, *parts])
 
 
 def quality_table() -> str:
     """Accuracy and Frechet distance of the shipped model, by solver and steps."""
-    if not (RESULTS / "quality.json").exists():
+    found = _load("quality.json")
+    if not found:
         return ""
-    results = _load("quality.json")
+    first = found[0]
     rows = [
         [
             f"`{r['solver']}`",
             str(r["steps"]),
+            str(r["nfe"]),
+            str(r["n"]),
             f"{100 * r['accuracy']:.1f} %",
+            f"{r['frechet']:.2f}",
             f"{r['frechet_ratio']:.1f}",
+            f"{r['frechet_ratio_same_n']:.2f}",
         ]
-        for r in results["rows"]
+        for r in found
     ]
-    head = ["solver", "steps", "classified as its label", "Frechet distance"]
-    return f"{results['summary']}\n\n{_table(head, rows)}\n\n{_provenance(results)}"
+    head = [
+        "solver",
+        "steps",
+        "evaluations",
+        "samples",
+        "classified as their label",
+        "Frechet distance to the test images",
+        "over that of 10,000 real images",
+        "over that of as many real images",
+    ]
+    note = (
+        f"Judged by a small CNN that labels {100 * first['classifier_accuracy']:.1f} % of the real "
+        f"test images rightly; the distance is between its features, guidance "
+        f"{first['guidance']:g}. Few samples make any set look farther from the test images, real "
+        f"ones too: the last column divides by the distance of as many real training images."
+    )
+    return f"{note}\n\n{_table(head, rows)}\n\n{_provenance(first)}"
 
 
 PARTS: dict[str, Callable[[], str]] = {

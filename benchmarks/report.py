@@ -105,6 +105,7 @@ def plot(rows: Sequence[Row], path: str | Path) -> None:
 
         matplotlib.use("Agg")
         from matplotlib import pyplot
+        from matplotlib.patches import Patch
     except ImportError as error:
         raise RuntimeError(
             "report: --plot needs matplotlib (pip install 'fastdiff-sampler[peers]')"
@@ -120,14 +121,16 @@ def plot(rows: Sequence[Row], path: str | Path) -> None:
         for k, peer in enumerate(peers):
             at = [i + k * width for i, r in enumerate(mine) if peer in r["ratios"]]
             high = [r["ratios"][peer]["quiet"] for r in mine if peer in r["ratios"]]
-            panel.bar(at, high, width, label=peer)
+            # a colour by name: bars without data would leave theirs to the next peer
+            panel.bar(at, high, width, color=f"C{k}")
         panel.axhline(1.0, color="black", linewidth=0.8)
         panel.set_yscale("log")
         panel.set_ylabel("time over ours")
         panel.set_title(f"{n} thread{'s' if n > 1 else ''}")
         labels = [f"{r['case']}\n{_shape(r)}" for r in mine]
         panel.set_xticks([i + 0.4 for i in range(len(mine))], labels, rotation=60, fontsize=6)
-    panels[0, 0].legend(fontsize=7, ncols=len(peers))
+    keys = [Patch(color=f"C{k}", label=peer) for k, peer in enumerate(peers)]
+    figure.legend(handles=keys, loc="outside upper center", fontsize=7, ncols=len(peers))
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 

@@ -136,11 +136,16 @@ class Compiled(NamedTuple):
     registers: int
     spills: int  # bytes of local memory: spills and stack
     shared: int  # bytes
-    instructions: int | None  # None where no disassembler reads the file
+    instructions: int | None  # None where not counted, or no disassembler reads the file
     ptx: str
 
     def row(self) -> dict[str, Any]:
+        """As it stands in the table."""
         return {name: value for name, value in self._asdict().items() if name != "ptx"}
+
+    def listed(self, rows: list[dict[str, Any]]) -> bool:
+        """Whether the table has it so; instructions are counted for the table alone."""
+        return any(row | {"instructions": None} == self.row() for row in rows)
 
 
 def _cuobjdump(cubin: bytes, flag: str) -> str:
@@ -236,8 +241,8 @@ def _signature(kernel: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> 
     return source, {name: value for name, value in keywords.items() if name not in names}
 
 
-def compile_triton(case: str, arch: str) -> list[Compiled]:
-    """Every kernel that a case launches."""
+def compile_triton(case: str, arch: str, *, count: bool = False) -> list[Compiled]:
+    """Every kernel that a case launches; `count` disassembles them too."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -312,8 +317,8 @@ def _ptx(source: str, macros: Any, arch: str) -> str:
     return ptx.decode()
 
 
-def compile_cuda(case: str, arch: str) -> list[Compiled]:
-    """Every kernel that a case launches."""
+def compile_cuda(case: str, arch: str, *, count: bool = False) -> list[Compiled]:
+    """Every kernel that a case launches; `count` disassembles them too."""
     from fastdiff.ops import _cuda
 
     found = []
@@ -322,8 +327,9 @@ def compile_cuda(case: str, arch: str) -> list[Compiled]:
         log = io.StringIO()
         cubin = _cuda.compile_source(source, macros, arch, log=log, ptxas_options=["-v"])
         ptx = _ptx(source, macros, arch)
-        usage, count = _usage(log.getvalue(), launch.kernel), instructions(cubin, launch.kernel)
-        found.append(Compiled(case, launch.kernel, arch, *usage, count, ptx))
+        usage = _usage(log.getvalue(), launch.kernel)
+        lines = instructions(cubin, launch.kernel) if count else None
+        found.append(Compiled(case, launch.kernel, arch, *usage, lines, ptx))
     return found
 
 
@@ -344,9 +350,9 @@ def main() -> None:
     rows: dict[str, list[dict[str, Any]]] = {"triton": [], "cuda": []}
     for case in CASES:
         for arch in TRITON_ARCHS:
-            rows["triton"] += [c.row() for c in compile_triton(case, arch)]
+            rows["triton"] += [c.row() for c in compile_triton(case, arch, count=True)]
         for arch in CUDA_ARCHS:
-            rows["cuda"] += [c.row() for c in compile_cuda(case, arch)]
+            rows["cuda"] += [c.row() for c in compile_cuda(case, arch, count=True)]
     lines = {k: "[\n  " + ",\n  ".join(json.dumps(r) for r in v) + "\n ]" for k, v in rows.items()}
     TABLE.parent.mkdir(parents=True, exist_ok=True)
     TABLE.write_text(

@@ -7,7 +7,6 @@ import os
 import shutil
 import struct
 import subprocess
-import tempfile
 from pathlib import Path
 
 from fastdiff.ops._launches import Launch
@@ -22,10 +21,10 @@ KERNELS = {
 
 
 class Host:
-    """Compiles each source once for each set of macros; keeps the libraries while it lives."""
+    """Compiles each source once for each set of macros, into a folder that is its own."""
 
-    def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory()
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._libraries: dict[object, ctypes.CDLL] = {}
 
     def _library(self, launch: Launch) -> ctypes.CDLL:
@@ -34,7 +33,7 @@ class Host:
             return self._libraries[key]
         exports = "\n".join(f"FD_EXPORT({k})" for k in KERNELS[launch.source])
         code = f'#include "cuda_on_host.h"\n#include "cuda/{launch.source}"\n{exports}\n'
-        name = Path(self._folder.name) / f"{Path(launch.source).stem}{len(self._libraries)}"
+        name = self._folder / f"{Path(launch.source).stem}{len(self._libraries)}"
         name.with_suffix(".cpp").write_text(code)
         subprocess.run(
             [

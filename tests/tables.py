@@ -5,16 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import pytest
 import torch
 
 import fastdiff
-from fastdiff.ops import reverse_step
+from fastdiff.ops import _native, reverse_step
 from fastdiff.table import Row, StepTable
 
 ROWS = 7
 NO_MODEL = 3  # row without an evaluation
 LEARNED = 5  # row with a learned variance
 Format = torch.memory_format
+
+needs_extension = pytest.mark.skipif(_native.extension is None, reason=str(_native.missing))
 
 
 def random_table(rng: np.random.Generator) -> StepTable:

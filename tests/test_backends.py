@@ -12,13 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from bits import assert_same_bits
+from tables import needs_extension
 
 import fastdiff
 from fastdiff import BackendError, backends, use_backend
 from fastdiff.backends import BACKENDS, Implementation, Op, choose, describe, forced
 from fastdiff.ops import _native, randn
-
-needs_extension = pytest.mark.skipif(_native.extension is None, reason=str(_native.missing))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from bits import assert_same_bits
-from tables import LEARNED, ROWS, Guard, Inputs, random_inputs, random_table, walk
+from tables import LEARNED, ROWS, Guard, Inputs, needs_extension, random_inputs, random_table, walk
 
 from fastdiff import use_backend
 from fastdiff.ops import reverse_step
@@ -106,6 +106,7 @@ def test_random_tables(isa: str, seed: int) -> None:
     _assert_equal(*_both(random_table(rng), inputs, in_place=seed % 4 == 1))
 
 
+@needs_extension
 def test_two_threads_give_the_bits_of_one() -> None:
     rng = np.random.default_rng(3)
     table, inputs = random_table(rng), random_inputs(rng, (2, 3, 97, 101), clip=1.0)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from budget import assert_within_budget
-from tables import Inputs, random_inputs, random_table
+from tables import Inputs, needs_extension, random_inputs, random_table
 
 from fastdiff import use_backend
 from fastdiff.ops import reverse_step
@@ -105,6 +105,7 @@ def test_float64_reference_is_the_formula(clip: float | None) -> None:
             assert (np.abs(value.numpy() - exact[name]) <= bound).all(), name
 
 
+@needs_extension
 @pytest.mark.parametrize("clip", (None, 1.5), ids=("no-clip", "clip"))
 def test_float32_is_within_the_budget(clip: float | None) -> None:
     """As near to float64 as NumPy's float32 on the formula as written."""

@@ -1,0 +1,179 @@
+"""The CUDA C++ kernels on the host: the files of csrc/cuda themselves, compiled over a shim.
+
+Every statement of a kernel but the conversions to 16 bits runs here, with the grid, the block and
+the arguments of a launch on a device; what is promised as bits is compared with the CPU backend.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bits import assert_same_bits
+from budget import assert_within_budget
+from on_host import COMPILER, Host
+from tables import random_inputs, random_table, walk
+
+from fastdiff import randn, use_backend
+from fastdiff.backends import Implementation
+from fastdiff.ops import OPS, _launches, _native, reparameterize, reverse_step
+from fastdiff.reference.reparameterize import reparameterize as exact_reparameterize
+
+pytestmark = [
+    pytest.mark.skipif(COMPILER is None, reason="no C++ compiler"),
+    pytest.mark.skipif(_native.missing is not None, reason=str(_native.missing)),
+]
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+PLAIN, LAST = torch.contiguous_format, torch.channels_last
+SEEDS = [1, 2**63 + 5, 2**64 - 1]
+BLOCKS = 7  # few, so that blocks stride over the rest
+Swap = Callable[[], None]
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
+    return Host(tmp_path_factory.mktemp("cuda_on_host"))
+
+
+@pytest.fixture
+def on_host(host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[Swap]:
+    """Call it to put the CUDA launches, run on the host, in the place of the "cpu" backend."""
+    backward = importlib.import_module("fastdiff.ops.reparameterize")._BACKWARD
+
+    def runs(op: str) -> Implementation:
+        def run(call: Any) -> None:
+            made = getattr(_launches, op)(call, BLOCKS)
+            launches, _memory = made if isinstance(made, tuple) else (made, None)
+            host.run(launches)
+
+        return Implementation(lambda: run, lambda call: None)
+
+    def swap() -> None:
+        for name in ("noise", "reverse_step", "reparameterize"):
+            monkeypatch.setitem(OPS[name].backends, "cpu", runs(name))
+        monkeypatch.setitem(backward.backends, "cpu", runs("reparameterize_backward"))
+
+    with use_backend("cpu"):
+        yield swap
+
+
+# sizes around a pack and a block; 1 to 3 samples a block where they are small
+NOISE = {
+    "f32 3": ((3,), F32, PLAIN),
+    "f32 129": ((129,), F32, PLAIN),
+    "f32 4096": ((4096,), F32, PLAIN),
+    "bf16 1024": ((1024,), BF16, PLAIN),
+    "f16 1025": ((1025,), F16, PLAIN),
+    "f32 odd pixels": ((3, 5, 7), F32, LAST),
+    "bf16 whole quads": ((8, 6, 6), BF16, LAST),
+    "f32 odd channels": ((5, 6, 6), F32, LAST),
+}
+
+
+@pytest.mark.parametrize(("size", "dtype", "fmt"), NOISE.values(), ids=NOISE)
+def test_noise(on_host: Swap, size: tuple[int, ...], dtype: torch.dtype, fmt: Any) -> None:
+    outs = [torch.empty(3, *size, dtype=dtype).contiguous(memory_format=fmt) for _ in range(2)]
+    randn(SEEDS, size, step=2**32 - 1, stream=3, out=outs[0])
+    on_host()
+    randn(SEEDS, size, step=2**32 - 1, stream=3, out=outs[1])
+    assert_same_bits(outs[1], outs[0])
+
+
+WEIGHTS = torch.tensor([1.0, 3.0, 0.0])
+BOUNDS = torch.tensor([0.5, -1.0, 2.0])
+STEPS = {
+    "bf16": ((3, 1025), BF16, PLAIN, 2.5, 1.5),
+    "f16 channels_last": ((3, 8, 6, 6), F16, LAST, 1.0, None),
+    "f32 odd channels_last": ((3, 5, 9, 7), F32, LAST, WEIGHTS, BOUNDS),
+}
+
+
+@pytest.mark.parametrize(("shape", "dtype", "fmt", "guidance", "clip"), STEPS.values(), ids=STEPS)
+def test_reverse_step(
+    on_host: Swap, shape: Any, dtype: torch.dtype, fmt: Any, guidance: Any, clip: Any
+) -> None:
+    rng = np.random.default_rng(0)
+    table, inputs = random_table(rng), random_inputs(rng, shape, dtype, fmt, guidance, clip)
+    expected = walk(table, inputs)
+    on_host()
+    for in_place in (False, True):
+        got = walk(table, inputs, in_place=in_place)
+        for name in expected:
+            assert_same_bits(got[name], expected[name], name)
+
+
+@pytest.mark.parametrize(("dtype", "fmt"), ((F32, PLAIN), (BF16, LAST)), ids=("f32", "bf16 last"))
+def test_per_sample_rows(on_host: Swap, dtype: torch.dtype, fmt: torch.memory_format) -> None:
+    rng = np.random.default_rng(0)
+    shape = (3, 4, 4, 8)  # aligned: the walk's guarded memory never is
+    table, inputs = random_table(rng), random_inputs(rng, shape, dtype, fmt)
+    order = (0, 2, 3, 1)
+    results = []
+    for swap in (lambda: None, on_host):
+        swap()
+        for rows in ([1, 3, 5], [2, 4, 0], [6, 3, 3]):
+            ring = torch.ones(table.depth, *inputs.x.permute(order).shape)
+            state = {
+                "out": torch.empty_like(inputs.x),
+                "y": torch.ones_like(inputs.x),
+                "history": ring.permute(0, 1, 4, 2, 3) if fmt == LAST else ring.view(-1, *shape),
+                "model_input": torch.empty_like(inputs.outputs[0]),
+            }
+            reverse_step(
+                inputs.x,
+                inputs.outputs[0],
+                table,
+                torch.tensor(rows),
+                uncond=inputs.unconds[0],
+                guidance=WEIGHTS,
+                clip=BOUNDS,
+                variance=inputs.variance,
+                seeds=inputs.seeds,
+                **state,
+            )
+            results.append(state)
+    for expected, got in zip(results[:3], results[3:], strict=True):
+        for name in expected:
+            assert_same_bits(got[name], expected[name], name)
+
+
+VAES = {
+    "f32 5": ((5,), F32),  # samples share a block
+    "bf16 2048": ((2048,), BF16),
+    "f16 129": ((129,), F16),
+    "f32 10001": ((10001,), F32),  # three chunks a sample
+}
+
+
+@pytest.mark.parametrize(("size", "dtype"), VAES.values(), ids=VAES)
+def test_reparameterize(on_host: Swap, size: tuple[int, ...], dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(0)
+    shape = (len(SEEDS), *size)
+    mu, logvar, grad_z = (torch.from_numpy(rng.standard_normal(shape)).to(dtype) for _ in range(3))
+    grad_kl = torch.from_numpy(rng.standard_normal(len(SEEDS))).float()
+
+    def run() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        found = []
+        for through in ("zk", "z", "k"):
+            m, lv = mu.clone().requires_grad_(), logvar.clone().requires_grad_()
+            z, kl = reparameterize(m, lv, SEEDS, step=7)
+            outputs = [z] * ("z" in through) + [kl] * ("k" in through)
+            given = [grad_z] * ("z" in through) + [grad_kl] * ("k" in through)
+            found += [z.detach(), *torch.autograd.grad(outputs, (m, lv), given)]
+        return kl.detach(), found
+
+    _, expected = run()
+    with use_backend("reference"):
+        reference = reparameterize(mu, logvar, SEEDS, step=7)[1]
+    on_host()
+    kl, got = run()
+    for g, e in zip(got, expected, strict=True):
+        assert_same_bits(g, e)
+    _, exact = exact_reparameterize(mu.double(), logvar.double(), torch.zeros(shape).double())
+    # a thread adds up 16 terms and a block 256 threads; the terms are positive, each addition
+    # rounds by half a ulp: 16 + 8 of them, and some more in the terms
+    assert_within_budget(kl, reference, exact, ulps=16)

@@ -1,0 +1,212 @@
+"""The GPU backends on a real device against the CPU backend: the promise of equal bits."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bits import assert_same_bits
+from budget import assert_within_budget
+from tables import random_inputs, random_table, walk
+
+from fastdiff import randn, use_backend
+from fastdiff.backends import Implementation, unavailable
+from fastdiff.ops import OPS, _native, reparameterize, reverse_step
+from fastdiff.reference.reparameterize import reparameterize as exact_reparameterize
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(_native.missing is not None, reason=str(_native.missing)),
+]
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+PLAIN, LAST = torch.contiguous_format, torch.channels_last
+WEIGHTS = torch.tensor([1.0, 3.0, 0.0])
+BOUNDS = torch.tensor([0.5, -1.0, 2.0])
+
+
+@pytest.fixture(params=("triton", "cuda"))
+def backend(request: pytest.FixtureRequest) -> str:
+    reason = unavailable(request.param)
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param
+
+
+def _moved(value: Any, copies: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> Any:
+    """A copy on the device for each tensor, once for each; tuples are walked."""
+    if isinstance(value, torch.Tensor):
+        if id(value) not in copies:
+            copies[id(value)] = (value, value.cuda())
+        return copies[id(value)][1]
+    if isinstance(value, tuple):
+        parts = [_moved(v, copies) for v in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
+
+
+@pytest.fixture
+def through_device(backend: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Call it to let the "cpu" backend move its arguments to the device, run there, and back."""
+    backward = importlib.import_module("fastdiff.ops.reparameterize")._BACKWARD
+
+    def moved(kernel: Callable[[], Callable[[Any], None]]) -> Implementation:
+        def run(call: Any) -> None:
+            copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+            kernel()(_moved(call, copies))
+            for original, copy in copies.values():
+                original.copy_(copy)
+
+        return Implementation(lambda: run, lambda call: None)
+
+    def swap() -> None:
+        for op in (*OPS.values(), backward):
+            if backend in op.backends:
+                monkeypatch.setitem(op.backends, "cpu", moved(op.backends[backend].load))
+
+    with use_backend("cpu"):
+        yield swap
+
+
+@pytest.mark.parametrize("dtype", (F32, BF16, F16), ids=str)
+@pytest.mark.parametrize("n", (0, 1, 3, 4, 5, 127, 128, 129, 1025, 2**22), ids=lambda n: f"n{n}")
+def test_noise(backend: str, dtype: torch.dtype, n: int) -> None:
+    seeds = [1, 2**63 + 5, 2**64 - 1]
+    expected = randn(seeds, (n,), step=2**32 - 1, stream=3, dtype=dtype)
+    with use_backend(backend):
+        got = randn(seeds, (n,), step=2**32 - 1, stream=3, dtype=dtype, device="cuda")
+    assert_same_bits(got, expected)
+
+
+@pytest.mark.parametrize("size", ((3, 5, 7), (4, 8, 8), (64, 32, 32), (130, 2, 2)), ids=str)
+def test_noise_channels_last(backend: str, size: tuple[int, ...]) -> None:
+    out = torch.empty(3, *size, device="cuda").contiguous(memory_format=LAST)
+    with use_backend(backend):
+        randn([1, 2, 3], size, out=out)
+    assert_same_bits(out, randn([1, 2, 3], size))
+
+
+def test_noise_of_more_than_2_31_elements(backend: str) -> None:
+    size = 2**31 + 2**12 + 3
+    if torch.cuda.mem_get_info()[0] < 2.5 * size:
+        pytest.skip("the device has not enough memory free")
+    with use_backend(backend):
+        got = randn([5], (size,), dtype=BF16, device="cuda")
+    from fastdiff.reference.noise import normals
+
+    for first in (0, 2**31 - 64, size - 64):
+        expected = torch.from_numpy(normals(np.array([5], np.uint64), 64, 0, 0, first=first))
+        assert_same_bits(got[0, first : first + 64].cpu(), expected[0].to(BF16))
+
+
+STEPS = {
+    "plain": ((3, 1025), F32, PLAIN, 1.0, None),
+    "aligned": ((3, 4096), BF16, PLAIN, 2.5, 1.5),
+    "per sample": ((3, 129), F16, PLAIN, WEIGHTS, BOUNDS),
+    "channels_last": ((3, 8, 6, 6), BF16, LAST, 2.5, 1.5),
+    "odd channels_last": ((3, 5, 9, 7), F32, LAST, WEIGHTS, BOUNDS),
+}
+
+
+@pytest.mark.parametrize(("shape", "dtype", "fmt", "guidance", "clip"), STEPS.values(), ids=STEPS)
+def test_reverse_step(
+    through_device: Callable[[], None],
+    shape: Any,
+    dtype: torch.dtype,
+    fmt: Any,
+    guidance: Any,
+    clip: Any,
+) -> None:
+    rng = np.random.default_rng(0)
+    table, inputs = random_table(rng), random_inputs(rng, shape, dtype, fmt, guidance, clip)
+    expected = walk(table, inputs)
+    through_device()
+    for in_place in (False, True):
+        got = walk(table, inputs, in_place=in_place)
+        for name in expected:
+            assert_same_bits(got[name], expected[name], name)
+
+
+@pytest.mark.parametrize("dtype", (F32, BF16), ids=str)
+def test_per_sample_rows(through_device: Callable[[], None], dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(0)
+    shape = (3, 4, 4, 8)
+    table, inputs = random_table(rng), random_inputs(rng, shape, dtype)
+    results = []
+    for swap in (lambda: None, through_device):
+        swap()
+        for rows in ([1, 3, 5], [2, 4, 0], [6, 3, 3]):
+            state = {
+                "out": torch.empty(shape),
+                "y": torch.ones(shape),
+                "history": torch.ones(table.depth, *shape),
+                "model_input": torch.empty(shape, dtype=dtype),
+            }
+            reverse_step(
+                inputs.x,
+                inputs.outputs[0],
+                table,
+                torch.tensor(rows),
+                uncond=inputs.unconds[0],
+                guidance=WEIGHTS,
+                clip=BOUNDS,
+                variance=inputs.variance,
+                seeds=inputs.seeds,
+                **state,
+            )
+            results.append(state)
+    for expected, got in zip(results[:3], results[3:], strict=True):
+        for name in expected:
+            assert_same_bits(got[name], expected[name], name)
+
+
+@pytest.mark.parametrize("dtype", (F32, BF16, F16), ids=str)
+@pytest.mark.parametrize("n", (1, 5, 4096, 100_001), ids=lambda n: f"n{n}")
+def test_reparameterize(backend: str, dtype: torch.dtype, n: int) -> None:
+    rng = np.random.default_rng(0)
+    mu, logvar, grad = (torch.from_numpy(rng.standard_normal((3, n))).to(dtype) for _ in range(3))
+    results = {}
+    for name, device in (("cpu", "cpu"), ("reference", "cpu"), (backend, "cuda")):
+        m, lv = (t.clone().to(device).requires_grad_() for t in (mu, logvar))
+        with use_backend(name):
+            z, kl = reparameterize(m, lv, [1, 2, 3])
+            grads = torch.autograd.grad([z, kl], (m, lv), [grad.to(device), torch.ones_like(kl)])
+            again = reparameterize(m, lv, [1, 2, 3])[1]
+        results[name] = (z.detach(), *grads), kl.detach()
+        assert_same_bits(again.detach(), kl.detach(), "a second run")
+    for got, expected in zip(results[backend][0], results["cpu"][0], strict=True):
+        assert_same_bits(got, expected)
+    _, exact = exact_reparameterize(mu.double(), logvar.double(), torch.zeros(3, n).double())
+    # positive terms, added in float32 in a tree or in runs of 16
+    assert_within_budget(results[backend][1].cpu(), results["reference"][1], exact, ulps=16)
+
+
+def test_step_in_a_graph(backend: str) -> None:
+    """Coefficients are read on the device, so a captured step replays."""
+    rng = np.random.default_rng(0)
+    table, inputs = random_table(rng), random_inputs(rng, (3, 4, 4, 8))
+    x, output = inputs.x.cuda(), inputs.outputs[0].cuda()
+    out, y = torch.empty_like(x), torch.empty_like(x)
+    history = torch.zeros(table.depth, *x.shape, device="cuda")
+    seeds = inputs.seeds.cuda()
+
+    def step() -> None:
+        reverse_step(x, output, table, 0, y=y, history=history, seeds=seeds, out=out)
+
+    with use_backend(backend):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):  # compiles, and copies the table's flags to the host
+            step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            step()
+        expected = out.clone()
+        out.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+    assert_same_bits(out, expected)
