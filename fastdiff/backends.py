@@ -42,7 +42,7 @@ class Op:
 
     @cached_property
     def live(self) -> list[tuple[str, Implementation]]:
-        """The backends that this machine can run at all; settled once, a step takes microseconds."""
+        """The backends that this machine can run at all, found once: a step takes microseconds."""
         return [(n, i) for n, i in self.backends.items() if unavailable(n) is None]
 
 

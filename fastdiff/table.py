@@ -112,7 +112,7 @@ class StepTable:
     ints: np.ndarray = field(init=False, repr=False, compare=False)
     needs: tuple[Needs, ...] = field(init=False, repr=False, compare=False)
     depth: int = field(init=False)
-    _packed: dict[tuple[bool, torch.device, torch.dtype], Packed] = field(
+    _packed: dict[tuple[bool | None, torch.device, torch.dtype], Packed] = field(
         init=False, repr=False, compare=False, default_factory=dict
     )
 
@@ -143,9 +143,12 @@ class StepTable:
         for k, i in enumerate(push_row):
             if k not in read:  # nobody reads it: spare the write
                 ints[i, PUSH] = -1
-        if not np.isfinite(floats).all():
-            bad = int(np.argwhere(~np.isfinite(floats))[0, 0])
-            raise ValueError(f"StepTable: row {bad} of {self.name} must be finite, got {rows[bad]}")
+        fits = np.abs(floats) <= np.finfo(np.float32).max  # NaN does not
+        if not fits.all():
+            bad = int(np.argwhere(~fits)[0, 0])
+            raise ValueError(
+                f"StepTable: row {bad} of {self.name} must be finite in float32, got {rows[bad]}"
+            )
         floats.setflags(write=False)
         ints.setflags(write=False)
         for key, value in (
@@ -224,6 +227,24 @@ class StepTable:
             )
         return found
 
+    def packed_each(
+        self, device: torch.device | str = "cpu", *, dtype: torch.dtype = torch.float32
+    ) -> Packed:
+        """The rows twice, ``packed(clip=False)`` and then ``packed(clip=True)``.
+
+        For a batch in which some samples are clipped and some are not: sample i of row r runs row
+        r or len(self) + r, and so has the bits that it has alone.
+        """
+        key = (None, torch.device(device), dtype)
+        found = self._packed.get(key)
+        if found is None:
+            plain = self.packed(device, dtype=dtype)
+            clipped = self.packed(device, clip=True, dtype=dtype)
+            found = self._packed[key] = Packed(
+                *(torch.cat(both) for both in zip(plain, clipped, strict=True))
+            )
+        return found
+
 
 def _age(term: str) -> int:
     return int(term[1:])
@@ -251,6 +272,10 @@ def _check(name: str, i: int, row: Row, pushed: int, anchored: bool) -> None:
             raise ValueError(f"{where} name the counter of each draw, got {term} without one")
     if row.y is not None and not any(row.y.values()):
         raise ValueError(f"{where} give y a non-zero coefficient or leave it None, got {row.y}")
+    if row.log_variance is not None and not row.evaluates:
+        raise ValueError(f"{where} evaluate the model to read its variance, got evaluates=False")
+    if not all(0 <= part < 1 << 31 for draw in row.draws for part in draw):
+        raise ValueError(f"{where} have streams and counters in [0, 2**31), got {row.draws}")
     if len(row.draws) > 2:
         raise ValueError(f"{where} draw noise at most twice, got {len(row.draws)} draws")
     if row.push and not row.evaluates:

@@ -98,7 +98,7 @@ void launch(void (*kernel)(A...), const uint64_t* geometry, const uint64_t* word
 
 #define __global__
 #define __shared__ static
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __syncthreads() fd_host::sync()
 #define FD_EXPORT(kernel)                                                            \
   extern "C" void host_##kernel(const uint64_t* geometry, const uint64_t* words) {   \

@@ -125,6 +125,15 @@ CASES: dict[str, tuple[str, Callable[[], Any]]] = {
     "reparameterize backward f32": ("reparameterize_backward", lambda: _vae_backward(F32)),
     "reparameterize backward bf16": ("reparameterize_backward", lambda: _vae_backward(BF16)),
 }
+# cases with a bfloat16 tensor among their outputs
+STORES_BF16 = {
+    "noise bf16",
+    "step ddim guided bf16",
+    "step everything bf16",
+    "step rows bf16",
+    "reparameterize bf16",
+    "reparameterize backward bf16",
+}
 
 
 class Compiled(NamedTuple):
@@ -258,11 +267,9 @@ def compile_triton(case: str, arch: str, *, count: bool = False) -> list[Compile
         name, cubin = kernel.fn.__name__, compiled.asm["cubin"]
         usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", _cuobjdump(cubin, "-res-usage")))
         local = int(usage["STACK"]) + int(usage["LOCAL"])
-        shared, count = compiled.metadata.shared, instructions(cubin, name)
-        registers = int(usage["REG"])
-        found.append(
-            Compiled(case, name, arch, registers, local, shared, count, compiled.asm["ptx"])
-        )
+        lines = instructions(cubin, name) if count else None
+        numbers = (int(usage["REG"]), local, compiled.metadata.shared, lines)
+        found.append(Compiled(case, name, arch, *numbers, compiled.asm["ptx"]))
     return found
 
 

@@ -12,6 +12,7 @@ from bits import assert_same_bits
 from tables import LEARNED, ROWS, Guard, Inputs, needs_extension, random_inputs, random_table, walk
 
 from fastdiff import use_backend
+from fastdiff.backends import unavailable
 from fastdiff.ops import reverse_step
 from fastdiff.table import Row, StepTable
 
@@ -299,3 +300,22 @@ def test_absent_terms_are_not_read(isa: str) -> None:
         got = reverse_step(torch.ones(2, 70), nan, table, 1, out=out.tensor)
     assert bool((got == 2).all())
     out.check("out")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_clipped_and_unclipped_samples_share_a_batch(backend: str) -> None:
+    """Each keeps the bits that it has alone: a bound for all, none for all, and mixed."""
+    if unavailable(backend):
+        pytest.skip(f"backend {backend}: {unavailable(backend)}")
+    rng = np.random.default_rng(3)
+    row = Row(x={"x": 0.9, "d": 0.3}, time=1.0, convert=(0.7, -1.3))
+    table = StepTable("ddim", (row,))
+    x, output = (torch.from_numpy(rng.normal(size=(3, 500)).astype(np.float32)) for _ in "xo")
+    bounds = torch.tensor([0.5, -1.0, 2.0])
+    with use_backend(backend):
+        mixed = reverse_step(x, output, table, 0, clip=bounds)
+        for i, bound in enumerate(bounds.tolist()):
+            alone = reverse_step(
+                x[i : i + 1], output[i : i + 1], table, 0, clip=None if bound < 0 else bound
+            )
+            assert_same_bits(mixed[i : i + 1], alone)

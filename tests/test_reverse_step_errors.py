@@ -11,7 +11,8 @@ import torch
 from bits import assert_same_bits
 from tables import LEARNED, random_inputs, random_table
 
-from fastdiff import use_backend
+from fastdiff import BackendError, use_backend
+from fastdiff.backends import unavailable
 from fastdiff.ops import reverse_step
 
 
@@ -36,10 +37,22 @@ IMAGE = (3, 2, 4, 4)
 OTHER_ORDER = _zeros(*IMAGE).contiguous(memory_format=torch.channels_last)
 # one case a rule, in the order of the arguments
 ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "x-type": ({"x": [1.0]}, TypeError, "x must be a floating-point tensor, got list"),
+    "x-type": ({"x": [1.0]}, TypeError, "x must be a float32 or float64 tensor, got list"),
     "x-dtype": (
         {"x": _zeros(*IMAGE, dtype=torch.int64)}, TypeError,
-        "x must be a floating-point tensor, got torch.int64"),
+        "x must be a float32 or float64 tensor, got torch.int64"),
+    "x-half": (
+        {"x": _zeros(*IMAGE, dtype=torch.bfloat16)}, TypeError,
+        "x must be a float32 or float64 tensor, got torch.bfloat16"),
+    "x-scalar": ({"x": torch.tensor(1.0)}, ValueError, "x must have shape (N, *S), got ()"),
+    "output-type": (
+        {"output": np.zeros(IMAGE, np.float32)}, TypeError,
+        "output must be a floating-point tensor, got ndarray"),
+    "output-integer": (
+        {"output": _zeros(*IMAGE, dtype=torch.int64)}, TypeError,
+        "output must be a floating-point tensor, got torch.int64"),
+    "row-float": ({"row": 0.0}, TypeError, "row must be an int or an int64 tensor, got float"),
+    "row-bool": ({"row": True}, TypeError, "row must be an int or an int64 tensor, got bool"),
     "output-none": (
         {"output": None}, ValueError,
         "output must be given, the row evaluates the model, got None"),
@@ -90,6 +103,11 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "history must be torch.float32 on cpu, got torch.float16 on cpu"),
     "seeds-none": (
         {"seeds": None}, ValueError, "seeds must be given, the row draws noise, got None"),
+    "seeds-list": ({"seeds": [1, 2, 3]}, TypeError, "seeds must be an int64 tensor, got list"),
+    "guidance-none": ({"guidance": None}, TypeError, "guidance must be a number, got NoneType"),
+    "history-shared": (
+        {"history": _zeros(*IMAGE).expand(4, *IMAGE)}, ValueError,
+        "history must have slots of their own, got strides (0, "),
     "seeds-dtype": (
         {"seeds": _zeros(3, dtype=torch.int32)}, ValueError,
         "seeds must be an int64 tensor (3,), got torch.int32 (3,)"),
@@ -117,6 +135,39 @@ def test_errors_leave_everything_as_it_was(
         reverse_step(**arguments)
     for name, value in before.items():
         assert_same_bits(arguments[name].double(), value.double(), name)
+
+
+def _overlapping(case: str) -> dict[str, Any]:
+    arguments = _arguments()
+    both = torch.zeros(2 * arguments["x"].numel())
+    a, b = both[:96].view(IMAGE), both[4:100].view(IMAGE)
+    if case == "out-x":
+        return {**arguments, "x": a, "out": b}
+    first, second = case.split("-")
+    return {**arguments, first: a, second: b}
+
+
+# every pair of which one is written; `out` may be `x` itself, which other tests use
+@pytest.mark.parametrize("case", ["out-x", "y-out", "out-model_input", "y-model_input"])
+def test_overlapping_memory_is_refused(case: str) -> None:
+    with pytest.raises(ValueError, match=r"reverse_step: \w+ must not overlap \w+, got shared"):
+        reverse_step(**_overlapping(case))
+
+
+def test_gradients_are_kept_or_refused() -> None:
+    """No kernel drops a gradient in silence: "auto" takes the reference, a forced kernel raises."""
+    arguments = _arguments()
+    for name in ("x", "output", "uncond"):
+        arguments[name].requires_grad_()
+    del arguments["out"], arguments["model_input"]
+    # the ring and the anchor are buffers, written in place
+    reverse_step(**arguments).sum().backward()
+    assert all(arguments[name].grad is not None for name in ("x", "output", "uncond"))
+    if unavailable("cpu") is None:
+        with use_backend("cpu"), pytest.raises(BackendError, match="no backward pass"):
+            reverse_step(**arguments)
+        with use_backend("cpu"), torch.no_grad():
+            reverse_step(**arguments)
 
 
 def test_inputs_are_not_written(isa: str) -> None:

@@ -66,6 +66,15 @@ BAD = {
     "no time": ((Row(x={"x": 1.0}),), "have a finite time to evaluate the model at, got nan"),
     "infinite time": ((Row(x={"x": 1.0}, time=INF),), "have a finite time .*, got inf"),
     "NaN": ((row(), row({"x": NAN})), "row 1 of t must be finite"),
+    "beyond float32": ((row({"x": 1e300}),), "row 0 of t must be finite in float32"),
+    "variance of no model": (
+        (Row(x={"x": 1.0}, evaluates=False, log_variance=(1.0, 0.0)),),
+        "row 0 of t must evaluate the model to read its variance",
+    ),
+    "counter": (
+        (row({"n1": 1.0}, draws=((1, 2**31),)),),
+        "row 0 of t must have streams and counters in ",
+    ),
     "infinite conversion": ((row(convert=(INF, 1.0)),), "row 0 of t must be finite"),
     "infinite log variance": (
         (row({"n1": 1.0}, draws=((1, 0),), log_variance=(1.0, -INF)),),

@@ -13,7 +13,7 @@ from typing import Any
 
 import gpu_compile
 import pytest
-from gpu_compile import CASES, TABLE, TRITON_ARCHS
+from gpu_compile import CASES, STORES_BF16, TABLE, TRITON_ARCHS
 
 pytestmark = [
     pytest.mark.skipif(
@@ -88,9 +88,9 @@ def test_compiles_to_exact_arithmetic(case: str, arch: str, table: dict[str, Any
         # contraction, an approximate function, or a flush to zero would change bits
         for pattern in (r"\bfma\.rn\.f32", r"\.approx", r"\.ftz"):
             assert not re.search(pattern, kernel.ptx), f"{what}: {pattern} in the PTX"
-        if "bf16" in kernel.case and kernel.kernel != "sum_kernel":
-            # to bfloat16 in one instruction; the interpreter's way around it is not compiled in
-            assert "prmt" in kernel.ptx or "cvt" in kernel.ptx, what
+        if kernel.case in STORES_BF16 and kernel.kernel != "sum_kernel":
+            # in one instruction; the interpreter's way around it is not compiled in
+            assert "cvt.rn.bf16" in kernel.ptx, what
         # one wide load or store, where memory order is logical order
         if "channels_last" not in kernel.case and kernel.kernel != "sum_kernel":
             assert re.search(r"\.v4\.b32", kernel.ptx), what

@@ -20,6 +20,24 @@ struct alignas(kBytes < 16 ? kBytes : 16) FdBytes {
   uint32_t word[kBytes / 4];
 };
 
+#ifdef __CUDA_ARCH__
+// in PTX: from a plain assignment the compiler makes single stores where it finds no better
+FD_INLINE void fd_store_bytes(void* to, const FdBytes<16>& x) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.word[0]),
+               "r"(x.word[1]), "r"(x.word[2]), "r"(x.word[3])
+               : "memory");
+}
+FD_INLINE void fd_store_bytes(void* to, const FdBytes<8>& x) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(x.word[0]), "r"(x.word[1])
+               : "memory");
+}
+#else
+template <int kBytes>
+FD_INLINE void fd_store_bytes(void* to, const FdBytes<kBytes>& x) {
+  *static_cast<FdBytes<kBytes>*>(to) = x;
+}
+#endif
+
 template <int kDtype>
 FD_INLINE float fd_load(const void* from, int64_t at) {
   if (kDtype == kFloat32) return static_cast<const float*>(from)[at];
@@ -74,7 +92,7 @@ FD_INLINE void fd_store_pack(void* to, int64_t at, int count, const float* x) {
         pack.word[i] = half(2 * i) | half(2 * i + 1) << 16;
       }
     }
-    *reinterpret_cast<FdBytes<kPack * kSize>*>(static_cast<char*>(to) + at * kSize) = pack;
+    fd_store_bytes(static_cast<char*>(to) + at * kSize, pack);
   } else {
 #pragma unroll
     for (int i = 0; i < kPack; ++i)

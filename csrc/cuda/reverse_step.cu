@@ -149,7 +149,8 @@ FD_INLINE void step_pack(const Tensors& t, const Row& r, int64_t sample, int64_t
     fd_store_pack<FD_INPUT_DTYPE, FD_PACK>(t.model_input, here, count, input);
 }
 
-extern "C" __global__ void __launch_bounds__(256)
+// two blocks a multiprocessor at the least, so at most 128 registers
+extern "C" __global__ void __launch_bounds__(256, 2)
     reverse_step(const float* x, const void* output, const void* uncond, const void* variance,
                  int64_t output_stride, int64_t uncond_stride, int64_t variance_stride, float* y,
                  float* history, int64_t history_stride, const float* row_floats,

@@ -14,6 +14,8 @@ def require(
 ) -> torch.Tensor:
     if t is None:
         raise ValueError(f"reverse_step: {name} must be given, {why}, got None")
+    if not isinstance(t, torch.Tensor) or not t.is_floating_point():
+        raise TypeError(f"reverse_step: {name} must be a floating-point tensor, got {kind(t)}")
     if t.shape != x.shape:
         raise ValueError(
             f"reverse_step: {name} must have the shape of x {tuple(x.shape)}, got {tuple(t.shape)}"
@@ -97,12 +99,46 @@ def check_history(
         )
     if not (fmt == torch.contiguous_format and history.is_contiguous()):
         in_place("history", history[0], fmt)
+        if slots > 1 and history.stride(0) < x.numel():
+            raise ValueError(
+                f"reverse_step: history must have slots of their own, got strides "
+                f"{history.stride()}"
+            )
     return history
+
+
+def _span(t: torch.Tensor) -> tuple[int, int]:
+    start = t.data_ptr()
+    return start, start + t.numel() * t.element_size()
+
+
+def check_apart(written: dict[str, torch.Tensor | None], x: torch.Tensor) -> None:
+    """What is written shares no memory with x or with each other, but that ``out`` may be ``x``."""
+    spans = [(name, *_span(t)) for name, t in written.items() if t is not None]
+    begin, end = _span(x)
+    for i, (name, a, b) in enumerate(spans):
+        if a < end and begin < b and not (name == "out" and a == begin):
+            raise ValueError(f"reverse_step: {name} must not overlap x, got shared memory")
+        for other, c, d in spans[:i]:
+            if a < d and c < b:
+                raise ValueError(
+                    f"reverse_step: {name} must not overlap {other}, got shared memory"
+                )
+
+
+def check_row(row: object, table: StepTable) -> int:
+    if isinstance(row, bool) or not isinstance(row, int):
+        raise TypeError(f"reverse_step: row must be an int or an int64 tensor, got {kind(row)}")
+    if not 0 <= row < len(table.rows):
+        raise ValueError(f"reverse_step: row must lie in [0, {len(table.rows)}), got {row}")
+    return row
 
 
 def check_seeds(seeds: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
     if seeds is None:
         raise ValueError("reverse_step: seeds must be given, the row draws noise, got None")
+    if not isinstance(seeds, torch.Tensor):
+        raise TypeError(f"reverse_step: seeds must be an int64 tensor, got {kind(seeds)}")
     if seeds.dtype != torch.int64 or seeds.shape != x.shape[:1]:
         raise ValueError(
             f"reverse_step: seeds must be an int64 tensor ({len(x)},), "

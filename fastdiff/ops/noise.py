@@ -127,7 +127,7 @@ def as_seeds(seeds: Any, count: int | None = None, *, where: str = "seeds") -> t
             )
         values = seeds
     else:
-        if isinstance(seeds, (bool, float, str)):
+        if isinstance(seeds, (bool, float, str)) or seeds is None:
             raise TypeError(f"{where}: seeds must be integers, got {type(seeds).__name__}")
         if isinstance(seeds, (int, np.integer)):
             listed = [int(seeds) + i for i in range(1 if count is None else count)]
@@ -169,6 +169,10 @@ def prepare(
     """The arguments of `randn`, checked, with its output allocated."""
     values = as_seeds(seeds, where="randn")
     step, stream = _check_counter("step", step), _check_counter("stream", stream)
+    if not isinstance(shape, Sequence) or not all(hasattr(n, "__index__") for n in shape):
+        raise TypeError(f"randn: shape must be a sequence of ints, got {shape!r}")
+    if out is not None and not isinstance(out, torch.Tensor):
+        raise TypeError(f"randn: out must be a tensor, got {type(out).__name__}")
     full = (values.shape[0], *shape)
     if any(n < 0 for n in full):
         raise ValueError(f"randn: shape must not be negative, got {tuple(shape)}")

@@ -12,7 +12,9 @@ from fastdiff.backends import Implementation, Op, choose
 from fastdiff.ops import _native
 from fastdiff.ops._layout import channels, memory_format
 from fastdiff.ops._step_checks import (
+    check_apart,
     check_history,
+    check_row,
     check_rows,
     check_seeds,
     in_place,
@@ -146,7 +148,14 @@ def _cpu(step: Step) -> None:
     )
 
 
+_STATES = (torch.float32, torch.float64)
+
+
 def _refuse_dtype(step: Step) -> str | None:
+    if torch.is_grad_enabled():
+        for t in (step.x, step.output, step.uncond, step.variance):
+            if t is not None and t.requires_grad:
+                return "the kernel has no backward pass (torch.no_grad(), or the reference)"
     if step.x.dtype != torch.float32:
         return f"the state must be float32, got {step.x.dtype}"
     for t in (step.output, step.model_input):
@@ -208,8 +217,10 @@ def prepare(
     model_input: torch.Tensor | None = None,
 ) -> Step:
     """The arguments of `reverse_step`, checked; nothing is written."""
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-        raise TypeError(f"reverse_step: x must be a floating-point tensor, got {kind(x)}")
+    if not isinstance(x, torch.Tensor) or x.dtype not in _STATES:
+        raise TypeError(f"reverse_step: x must be a float32 or float64 tensor, got {kind(x)}")
+    if x.dim() == 0:
+        raise ValueError("reverse_step: x must have shape (N, *S), got ()")
     fmt = memory_format(x)
     if fmt is None:
         fmt = torch.contiguous_format
@@ -219,9 +230,7 @@ def prepare(
         rows = check_rows(row, table, x)
         needs, row = joined(table, rows), 0
     else:
-        if not 0 <= row < len(table.rows):
-            raise ValueError(f"reverse_step: row must lie in [0, {len(table.rows)}), got {row}")
-        needs = table.needs[row]
+        needs = table.needs[check_row(row, table)]
     if needs.output:
         output = ordered(require("output", output, x, "the row evaluates the model"), fmt)
         if uncond is not None or needs.uncond:
@@ -253,9 +262,17 @@ def prepare(
     else:
         require("out", out, x, "", x.dtype)
         in_place("out", out, fmt)
+        check_apart({"out": out, "y": y, "history": history}, x)
     if model_input is not None:
         require("model_input", model_input, x, "")
         in_place("model_input", model_input, fmt)
+        check_apart({"out": out, "y": y, "history": history, "model_input": model_input}, x)
+    if isinstance(clip, torch.Tensor):
+        packed = table.packed_each(x.device, dtype=x.dtype)
+        rows = torch.full_like(clip, row, dtype=torch.int64) if rows is None else rows
+        rows = rows + len(table) * (clip >= 0)
+    else:
+        packed = table.packed(x.device, clip=clip is not None, dtype=x.dtype)
     return Step(
         x,
         output,
@@ -263,7 +280,7 @@ def prepare(
         variance,
         y,
         history,
-        table.packed(x.device, clip=clip is not None, dtype=x.dtype),
+        packed,
         row,
         rows,
         seeds,
