@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ def _nvrtc_reason() -> str | None:
 
 
 _REASON = _nvrtc_reason()
+NVCC = shutil.which("nvcc")
 pytestmark = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
 
 
@@ -54,6 +57,22 @@ def test_compiles_to_exact_arithmetic(case: str, arch: str, table: dict[str, Any
             assert re.search(r"st\.global\.v4\.[bfu]32", kernel.ptx), what
         if table["versions"]["nvrtc"] == gpu_compile.versions()["nvrtc"]:
             assert kernel.listed(table["cuda"]), f"{what}: run {table['command']}"
+
+
+@pytest.mark.skipif(NVCC is None, reason="no nvcc on the path")
+@pytest.mark.parametrize("case", ("noise f32", "step rows bf16", "reparameterize backward bf16"))
+def test_toolkit_compiles_both_sides(case: str, tmp_path: Path) -> None:
+    """nvcc compiles a file for the host too, which NVRTC does not."""
+    launch = gpu_compile.launches(case)[0]
+    folder = _cuda.sources()
+    subprocess.run(
+        [
+            str(NVCC), "-std=c++17", "-arch=sm_90", "--fmad=false", "-c", f"-I{folder}",
+            *(f"-D{name}={value}" for name, value in launch.macros),
+            str(folder / "cuda" / launch.source), "-o", str(tmp_path / "kernel.o"),
+        ],
+        check=True,
+    )  # fmt: skip
 
 
 def test_every_source_is_compiled() -> None:

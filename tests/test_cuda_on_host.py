@@ -22,6 +22,7 @@ from fastdiff import randn, use_backend
 from fastdiff.backends import Implementation
 from fastdiff.ops import OPS, _launches, _native, reparameterize, reverse_step
 from fastdiff.reference.reparameterize import reparameterize as exact_reparameterize
+from fastdiff.table import Row, StepTable
 
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="no C++ compiler"),
@@ -106,6 +107,14 @@ def test_reverse_step(
             assert_same_bits(got[name], expected[name], name)
 
 
+def test_sum_starts_at_zero(on_host: Swap) -> None:
+    """Of terms that are all -0 the sum is +0: it does not start with the first of them."""
+    table = StepTable("zeros", (Row(x={"x": 0.5, "m": 0.5}, time=0.0),))
+    zeros = torch.full((2, 5), -0.0)
+    on_host()
+    assert_same_bits(reverse_step(zeros, zeros, table, 0), torch.zeros(2, 5))
+
+
 @pytest.mark.parametrize(("dtype", "fmt"), ((F32, PLAIN), (BF16, LAST)), ids=("f32", "bf16 last"))
 def test_per_sample_rows(on_host: Swap, dtype: torch.dtype, fmt: torch.memory_format) -> None:
     rng = np.random.default_rng(0)
@@ -142,6 +151,7 @@ def test_per_sample_rows(on_host: Swap, dtype: torch.dtype, fmt: torch.memory_fo
 
 
 VAES = {
+    "f32 1": ((1,), F32),  # one thread a sample
     "f32 5": ((5,), F32),  # samples share a block
     "bf16 2048": ((2048,), BF16),
     "f16 129": ((129,), F16),

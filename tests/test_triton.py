@@ -34,6 +34,7 @@ INTERPRETED = (
     "noise_beyond_32_bits",
     "step_every_feature",
     "step_channels_last",
+    "step_sum_starts_at_zero",
     "step_many_tiles",
     "step_per_sample_rows",
     "reparameterize_sizes",

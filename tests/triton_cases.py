@@ -33,7 +33,7 @@ from fastdiff import randn, use_backend
 from fastdiff.ops import as_seeds, reparameterize, reverse_step
 from fastdiff.reference.noise import normals
 from fastdiff.reference.reparameterize import reparameterize as exact_reparameterize
-from fastdiff.table import StepTable
+from fastdiff.table import Row, StepTable
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 PLAIN, LAST, LAST_3D = torch.contiguous_format, torch.channels_last, torch.channels_last_3d
@@ -196,6 +196,17 @@ def step_channels_last() -> None:
         ((2, 8, 6, 6), BF16, LAST, 2.5, 1.5, {}),
         ((1, 3, 3, 5, 7), F16, LAST_3D, 1.0, None, {}),
     )
+
+
+@case
+def step_sum_starts_at_zero() -> None:
+    # of terms that are all -0 the sum is +0: it does not start with the first of them
+    table = StepTable("zeros", (Row(x={"x": 0.5, "m": 0.5}, time=0.0),))
+    zeros = torch.full((2, 5), -0.0)
+    for row in (0, torch.zeros(2, dtype=torch.int64)):
+        with use_backend("triton"):
+            got = reverse_step(zeros, zeros, table, row)
+        assert_same_bits(got, torch.zeros(2, 5))
 
 
 @case

@@ -10,8 +10,10 @@
 
 #ifdef __CUDACC__
 #define FD_MEMBER __host__ __device__ __forceinline__
+#define FD_DEVICE static __device__ __forceinline__  // for what has no meaning on the host
 #else
 #define FD_MEMBER inline
+#define FD_DEVICE static inline
 #endif
 
 // consecutive bytes that move in one instruction (up to 16 of them)
@@ -105,7 +107,7 @@ struct FdWalk {
   int64_t sample, sample_stride, unit, unit_stride;
 };
 
-FD_INLINE FdWalk fd_walk() {
+FD_DEVICE FdWalk fd_walk() {
   return {static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y,
           static_cast<int64_t>(gridDim.y) * blockDim.y,
           static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x,

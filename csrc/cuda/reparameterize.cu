@@ -16,7 +16,7 @@
 
 // Sum over the threads that share a sample, in one fixed order; every thread of the block calls it.
 template <class T>
-FD_INLINE T sum_of_row(T value, T* shared) {
+FD_DEVICE T sum_of_row(T value, T* shared) {
   T* mine = shared + threadIdx.y * blockDim.x;
   mine[threadIdx.x] = value;
   for (unsigned int stride = blockDim.x / 2; stride > 0; stride /= 2) {

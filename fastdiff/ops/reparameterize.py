@@ -17,11 +17,11 @@ from torch.autograd import forward_ad
 
 from fastdiff.backends import Implementation, Op, choose, forced, use_backend
 from fastdiff.ops import _native
-from fastdiff.ops.noise import Stream, as_seeds
+from fastdiff.ops._reparameterize_checks import check
+from fastdiff.ops.noise import Stream
 from fastdiff.reference import reparameterize as reference
 from fastdiff.reference.noise import normals
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _REFERENCE_ONLY = "dtype must be float32, bfloat16 or float16, got {}"
 
 
@@ -267,6 +267,18 @@ def _differentiable(
 class _Function(torch.autograd.Function):
     """What `register_autograd` builds, without the dispatcher around it."""
 
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> _Pair:
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward_of)
+
+
+class _Transformable(torch.autograd.Function):
+    """The same in the form that torch.func needs, which costs 20 us more a call."""
+
     forward = staticmethod(_forward)
     setup_context = staticmethod(_setup_context)
     backward = staticmethod(_backward_of)
@@ -280,60 +292,6 @@ torch.library.register_autograd(
 # --- the op ---------------------------------------------------------------------------------
 
 
-def _check_counter(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"reparameterize: {name} must be an integer, got {type(value).__name__}")
-    if not 0 <= value < 1 << 32:
-        raise ValueError(f"reparameterize: {name} must lie in [0, 2**32), got {value}")
-    return int(value)
-
-
-def _check_tensors(mu: Any, logvar: Any) -> None:
-    for name, t in (("mu", mu), ("logvar", logvar)):
-        if not isinstance(t, torch.Tensor):
-            raise TypeError(f"reparameterize: {name} must be a tensor, got {type(t).__name__}")
-    if mu.dtype not in _DTYPES:
-        raise TypeError(
-            f"reparameterize: mu must be float32, bfloat16, float16 or float64, got {mu.dtype}"
-        )
-    if mu.dim() == 0:
-        raise ValueError("reparameterize: mu must have a batch axis, got a tensor of shape ()")
-    if logvar.shape != mu.shape:
-        raise ValueError(
-            f"reparameterize: logvar must have the shape of mu {tuple(mu.shape)}, "
-            f"got {tuple(logvar.shape)}"
-        )
-    if logvar.dtype != mu.dtype:
-        raise TypeError(
-            f"reparameterize: logvar must have the dtype of mu {mu.dtype}, got {logvar.dtype}"
-        )
-    if logvar.device != mu.device:
-        raise ValueError(
-            f"reparameterize: logvar must be on the device of mu {mu.device}, got {logvar.device}"
-        )
-
-
-def _seeds_of(seeds: Any, mu: torch.Tensor) -> torch.Tensor:
-    count = mu.shape[0]
-    if type(seeds) is int and 0 <= seeds < (1 << 63) - count:
-        # made where they are needed: no list, no copy to the device, and torch.compile follows
-        return torch.arange(seeds, seeds + count, device=mu.device)
-    # torch.compile cannot follow the uint64 of as_seeds; what that would refuse, it gets
-    listed = torch.compiler.is_compiling() and isinstance(seeds, (list, tuple))
-    if listed and all(type(s) is int and 0 <= s < 1 << 64 for s in seeds):
-        seeds = torch.tensor([s - (s >> 63 << 64) for s in seeds], dtype=torch.int64)
-    values = as_seeds(seeds, count, where="reparameterize")
-    return values if values.device == mu.device else values.to(mu.device)
-
-
-def _check(
-    mu: Any, logvar: Any, seeds: Any, step: Any, stream: Any
-) -> tuple[torch.Tensor, int, int]:
-    _check_tensors(mu, logvar)
-    values = _seeds_of(seeds, mu)
-    return values, _check_counter("step", step), _check_counter("stream", stream)
-
-
 def prepare(
     mu: torch.Tensor,
     logvar: torch.Tensor,
@@ -343,7 +301,7 @@ def prepare(
     stream: int = Stream.REPARAMETERIZE,
 ) -> Reparameterize:
     """The arguments of `reparameterize`, checked, with its outputs allocated."""
-    return _call(mu, logvar, *_check(mu, logvar, seeds, step, stream))
+    return _call(mu, logvar, *check(mu, logvar, seeds, step, stream))
 
 
 def reparameterize(
@@ -384,16 +342,14 @@ def reparameterize(
         TypeError, ValueError: an argument breaks its rule.
         BackendError: the forced backend cannot do it.
     """
-    values, step, stream = _check(mu, logvar, seeds, step, stream)
+    values, step, stream = check(mu, logvar, seeds, step, stream)
     if not _eager(mu, logvar):
         op: Any = torch.ops.fastdiff.reparameterize.default
         return op(mu, logvar, values, step, stream)  # type: ignore[no-any-return]
-    differentiates = (
-        (torch.is_grad_enabled() and (mu.requires_grad or logvar.requires_grad))
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0  # refused there: a tangent must not be lost in silence
-    )
-    if not differentiates:
+    transformed = torch._C._are_functorch_transforms_active()
+    wants_grad = torch.is_grad_enabled() and (mu.requires_grad or logvar.requires_grad)
+    # forward mode is refused by the Function: a tangent must not be lost in silence
+    if not (wants_grad or transformed or forward_ad._current_level >= 0):
         return _forward(mu, logvar, values, step, stream)
-    function: Any = _Function
+    function: Any = _Transformable if transformed else _Function
     return function.apply(mu, logvar, values, step, stream)  # type: ignore[no-any-return]
