@@ -155,6 +155,15 @@ def test_kl_is_the_closed_form(isa: str, spread: float, dtype: torch.dtype) -> N
     assert_within_budget(kl, _reference(mu, logvar, 0)[1], _exact(mu, logvar)[1], ulps=1.5)
 
 
+def test_kl_of_a_large_sample_keeps_its_digits(isa: str) -> None:
+    """A thousand partial sums: a float32 total of them would be off by some 10 ulp."""
+    mu, logvar = _inputs(2, 1 << 20)
+    _, kl = reparameterize(mu, logvar, 0)
+    exact = _exact(mu, logvar)[1]
+    # nothing but the last rounding and what 32,768 running sums of 64 terms average to
+    assert_within_budget(kl, exact.float(), exact, ulps=0.5)
+
+
 def test_kl_is_that_of_torch_distributions() -> None:
     mu, logvar = (t.double() for t in _inputs(4, 3, 5))
     one = torch.distributions.Normal(mu, (logvar / 2).exp())

@@ -31,10 +31,13 @@ def address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def refuse_device(x: torch.Tensor) -> str | None:
-    """Reason why a GPU kernel cannot take a tensor of this device, or None."""
-    if x.device.type == "cuda":
-        return None
+def refuse_cuda(x: torch.Tensor) -> str | None:
+    """Reason why a CUDA kernel cannot take a tensor of this device, or None."""
+    return None if x.device.type == "cuda" else f"tensors must be on a CUDA device, got {x.device}"
+
+
+def refuse_triton(x: torch.Tensor) -> str | None:
+    """The same for a Triton kernel, which its interpreter runs on CPU tensors too."""
     if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
-    return f"tensors must be on a CUDA device, got {x.device}"
+    return refuse_cuda(x)

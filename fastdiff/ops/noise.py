@@ -81,8 +81,12 @@ def _refuse_cpu(draw: Draw) -> str | None:
     return _refuse_layout(draw.out)
 
 
-def _refuse_gpu(draw: Draw) -> str | None:
-    return _native.refuse_device(draw.out) or _refuse_layout(draw.out)
+def _refuse_triton(draw: Draw) -> str | None:
+    return _native.refuse_triton(draw.out) or _refuse_layout(draw.out)
+
+
+def _refuse_cuda(draw: Draw) -> str | None:
+    return _native.refuse_cuda(draw.out) or _refuse_layout(draw.out)
 
 
 def _load_triton() -> Callable[[Draw], None]:
@@ -101,8 +105,8 @@ OP = Op(
     "noise",
     {
         "cpu": Implementation(lambda: _cpu, _refuse_cpu),
-        "triton": Implementation(_load_triton, _refuse_gpu),
-        "cuda": Implementation(_load_cuda, _refuse_gpu),
+        "triton": Implementation(_load_triton, _refuse_triton),
+        "cuda": Implementation(_load_cuda, _refuse_cuda),
         "reference": Implementation(lambda: _reference, lambda draw: None),
     },
 )

@@ -100,17 +100,22 @@ def _cpu_backward(call: ReparameterizeBackward) -> None:
     _native.extension.reparameterize_backward(*grads, *_inputs(call), *outputs)
 
 
-def _refuse_cpu(call: Call) -> str | None:
-    if call.mu.device.type != "cpu":
-        return f"tensors must be on the CPU, got {call.mu.device}"
+def _refuse_dtype(call: Call) -> str | None:
     return None if call.mu.dtype in _native.DTYPES else _REFERENCE_ONLY.format(call.mu.dtype)
 
 
-def _refuse_gpu(call: Call) -> str | None:
-    reason = _native.refuse_device(call.mu)
-    if reason is None and call.mu.dtype not in _native.DTYPES:
-        return _REFERENCE_ONLY.format(call.mu.dtype)
-    return reason
+def _refuse_cpu(call: Call) -> str | None:
+    if call.mu.device.type != "cpu":
+        return f"tensors must be on the CPU, got {call.mu.device}"
+    return _refuse_dtype(call)
+
+
+def _refuse_triton(call: Call) -> str | None:
+    return _native.refuse_triton(call.mu) or _refuse_dtype(call)
+
+
+def _refuse_cuda(call: Call) -> str | None:
+    return _native.refuse_cuda(call.mu) or _refuse_dtype(call)
 
 
 def _kernel(module: str, name: str) -> Callable[[], Callable[[Any], None]]:
@@ -122,8 +127,8 @@ def _op(name: str, cpu: Callable[[Any], None], plain: Callable[[Any], None]) -> 
     triton = _kernel("fastdiff.kernels.reparameterize", name)
     backends = {
         "cpu": Implementation(lambda: cpu, _refuse_cpu),
-        "triton": Implementation(triton, _refuse_gpu),
-        "cuda": Implementation(_kernel("fastdiff.ops._cuda", name), _refuse_gpu),
+        "triton": Implementation(triton, _refuse_triton),
+        "cuda": Implementation(_kernel("fastdiff.ops._cuda", name), _refuse_cuda),
         "reference": Implementation(lambda: plain, lambda call: None),
     }
     return Op("reparameterize", backends)

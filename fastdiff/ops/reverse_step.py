@@ -170,8 +170,12 @@ def _refuse_cpu(step: Step) -> str | None:
     return _refuse_dtype(step)
 
 
-def _refuse_gpu(step: Step) -> str | None:
-    return _native.refuse_device(step.x) or _refuse_dtype(step)
+def _refuse_triton(step: Step) -> str | None:
+    return _native.refuse_triton(step.x) or _refuse_dtype(step)
+
+
+def _refuse_cuda(step: Step) -> str | None:
+    return _native.refuse_cuda(step.x) or _refuse_dtype(step)
 
 
 def _load_triton() -> Callable[[Step], None]:
@@ -190,8 +194,8 @@ OP = Op(
     "reverse_step",
     {
         "cpu": Implementation(lambda: _cpu, _refuse_cpu),
-        "triton": Implementation(_load_triton, _refuse_gpu),
-        "cuda": Implementation(_load_cuda, _refuse_gpu),
+        "triton": Implementation(_load_triton, _refuse_triton),
+        "cuda": Implementation(_load_cuda, _refuse_cuda),
         "reference": Implementation(lambda: _reference, lambda step: None),
     },
 )
