@@ -30,6 +30,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 
 from benchmarks import measure
 from fastdiff.ops import as_seeds, randn, reparameterize
@@ -102,6 +103,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     args = parser.parse_args(argv)
     gate()
+    # the compiler's worker processes would still be starting while the first case is timed
+    torch._inductor.config.compile_threads = 1
     rows = []
     for threads in (2, 1):
         torch.set_num_threads(threads)

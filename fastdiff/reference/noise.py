@@ -92,5 +92,5 @@ def normals(seeds: np.ndarray, size: int, step: int, stream: int, first: int = 0
     words = philox(counter[None], np.asarray(seeds, dtype=np.uint64)[:, None])
     z0, z1 = box_muller(words[..., 0], words[..., 1])
     z2, z3 = box_muller(words[..., 2], words[..., 3])
-    z = np.stack([z0, z1, z2, z3], axis=-1).reshape(len(words), -1)
+    z = np.stack([z0, z1, z2, z3], axis=-1).reshape(len(words), 4 * len(blocks))
     return np.ascontiguousarray(z[:, first % 4 : first % 4 + size])
