@@ -63,14 +63,38 @@ struct Scratch {
   float m[kChunk], u[kChunk], v[kChunk], d[kChunk], n1[kChunk], n2[kChunk], out[kChunk];
 };
 
+// Lines of memory that the next chunk will want. Drawing noise keeps the arithmetic units busy for
+// most of a microsecond a chunk, in which the loads of the next one can be under way; without a
+// hint the two take turns. A prefetch cannot fault, so the end of a tensor needs no care.
+struct Ahead {
+  const char* read[2];
+  char* write;
+  int64_t bytes[2];
+
+  void ask(int part, int parts, int n) const {
+    for (int k = 0; k < 2; ++k) {
+      const int64_t begin = n * bytes[k] * part / parts, end = n * bytes[k] * (part + 1) / parts;
+      for (int64_t i = begin; read[k] && i < end; i += 64) __builtin_prefetch(read[k] + i, 0);
+    }
+    const int64_t begin = int64_t{4} * n * part / parts, end = int64_t{4} * n * (part + 1) / parts;
+    for (int64_t i = begin; write && i < end; i += 64) __builtin_prefetch(write + i, 1);
+  }
+};
+
 void draw(const FdStepArgs& a, int64_t sample, int32_t stream, int32_t counter, int64_t first,
-          int n, float* to) {
+          int n, const Ahead& ahead, float* to) {
   const uint64_t seed = static_cast<uint64_t>(a.seeds[sample]);
   const uint32_t s = static_cast<uint32_t>(stream), step = static_cast<uint32_t>(counter);
-  if (a.channels > 0)
+  if (a.channels > 0) {
+    ahead.ask(0, 1, n);
     fill_normal_channels_last(seed, s, step, first, n, a.channels, a.size / a.channels, to);
-  else
-    fill_normal(seed, s, step, first, n, to);
+    return;
+  }
+  constexpr int kPiece = 256;
+  for (int at = 0; at < n; at += kPiece) {
+    ahead.ask(at / kPiece, kChunk / kPiece, kChunk);
+    fill_normal(seed, s, step, first + at, n - at < kPiece ? n - at : kPiece, to + at);
+  }
 }
 
 bool uses(const float* row, FdTerm term) { return row[kA + term] != 0.0f || row[kB + term] != 0.0f; }
@@ -111,7 +135,14 @@ void step_chunk(const FdStepArgs& a, int64_t sample, int64_t first, int n, Scrat
   }
 
   if (uses(row, kN1)) {
-    draw(a, sample, info[kStream1], info[kCounter1], first, n, s.n1);
+    const int64_t width = a.output_dtype == kFloat32 ? 4 : 2;
+    const char* output = static_cast<const char*>(a.output);
+    const Ahead ahead{
+        {reinterpret_cast<const char*>(a.x + at + n),
+         output ? output + (sample * a.output_stride + first + n) * width : nullptr},
+        a.out == a.x ? nullptr : reinterpret_cast<char*>(a.out + at + n),
+        {4, width}};
+    draw(a, sample, info[kStream1], info[kCounter1], first, n, ahead, s.n1);
     if (info[kFlags] & kLearnedVariance) {
       const float* v = load_as_float(a.variance, a.output_dtype,
                                      sample * a.variance_stride + first, n, s.v);
@@ -120,7 +151,7 @@ void step_chunk(const FdStepArgs& a, int64_t sample, int64_t first, int n, Scrat
       for (int i = 0; i < n; ++i) s.n1[i] = fd_exp(scale * v[i] + shift) * s.n1[i];
     }
   }
-  if (uses(row, kN2)) draw(a, sample, info[kStream2], info[kCounter2], first, n, s.n2);
+  if (uses(row, kN2)) draw(a, sample, info[kStream2], info[kCounter2], first, n, Ahead{}, s.n2);
 
   Terms to_x, to_y;
   const auto add = [&](int term, const float* tensor) {
@@ -154,18 +185,31 @@ void step_chunk(const FdStepArgs& a, int64_t sample, int64_t first, int n, Scrat
   }
 }
 
+// A row that needs no scratch: x' from float32 tensors as they lie, for all samples alike.
+bool direct(const FdStepArgs& a, const float* row, const int32_t* info) {
+  const bool guided = a.uncond && (a.guidance || a.guidance_all != 1.0f);
+  const bool scratch = info[kPush] >= 0 || uses(row, kD) || uses(row, kN1) || uses(row, kN2);
+  bool writes_y = false;
+  for (int k = 0; k < kTerms; ++k) writes_y = writes_y || row[kB + k] != 0.0f;
+  return !a.rows && !scratch && !guided && !writes_y && !a.model_input &&
+         (!(info[kFlags] & kEvaluates) || a.output_dtype == kFloat32);
+}
+
 }  // namespace
 
 void reverse_step(const FdStepArgs& a) {
-  int64_t per_chunk = kChunk;
+  const int64_t any = a.rows && a.samples > 0 ? a.rows[0] : a.row;
+  const float* row = a.row_floats + any * kRowFloats;
+  const bool straight = direct(a, row, a.row_ints + any * kRowInts);
+  // pieces that stay in L1 where scratch is filled and read again, long runs where none is
+  int64_t per_chunk = straight ? 16 * kChunk : kChunk;
   // whole pixels a chunk, and a multiple of 64 of them where they fit, so that no normal of the
   // channels' runs is computed twice
-  if (a.channels > 0 && a.channels <= kChunk) {
+  if (!straight && a.channels > 0 && a.channels <= kChunk) {
     const int64_t pixels = kChunk / a.channels;
     per_chunk = (pixels >= 64 ? pixels / 64 * 64 : pixels) * a.channels;
   }
   const int64_t chunks = (a.size + per_chunk - 1) / per_chunk;
-  const float* row = a.row_floats + (a.rows && a.samples > 0 ? a.rows[0] : a.row) * kRowFloats;
   const double cost = uses(row, kN1) || uses(row, kN2) ? 1.2 : 0.25;  // ns an element
   parallel_for(a.samples * chunks, cost * static_cast<double>(per_chunk),
                [&](int64_t begin, int64_t end) {

@@ -107,23 +107,32 @@ def check_history(
     return history
 
 
-def _span(t: torch.Tensor) -> tuple[int, int]:
-    start = t.data_ptr()
-    return start, start + t.numel() * t.element_size()
-
-
-def check_apart(written: dict[str, torch.Tensor | None], x: torch.Tensor) -> None:
+def check_apart(
+    x: torch.Tensor,
+    out: torch.Tensor,
+    y: torch.Tensor | None,
+    history: torch.Tensor | None,
+    model_input: torch.Tensor | None,
+) -> None:
     """What is written shares no memory with x or with each other, but that ``out`` may be ``x``."""
-    spans = [(name, *_span(t)) for name, t in written.items() if t is not None]
-    begin, end = _span(x)
-    for i, (name, a, b) in enumerate(spans):
-        if a < end and begin < b and not (name == "out" and a == begin):
-            raise ValueError(f"reverse_step: {name} must not overlap x, got shared memory")
-        for other, c, d in spans[:i]:
-            if a < d and c < b:
+    begin, size = x.data_ptr(), x.nbytes
+    to = out.data_ptr()
+    if to != begin and -size < to - begin < size:
+        raise ValueError("reverse_step: out must not overlap x, got shared memory")
+    if y is None and history is None and model_input is None:
+        return
+    spans = [("x", begin, begin + size), ("out", to, to + size)]
+    for name, t in (("y", y), ("history", history), ("model_input", model_input)):
+        if t is None:
+            continue
+        low = t.data_ptr()
+        high = low + t.nbytes
+        for other, a, b in spans:
+            if low < b and a < high:
                 raise ValueError(
                     f"reverse_step: {name} must not overlap {other}, got shared memory"
                 )
+        spans.append((name, low, high))
 
 
 def check_row(row: object, table: StepTable) -> int:

@@ -266,11 +266,10 @@ def prepare(
     else:
         require("out", out, x, "", x.dtype)
         in_place("out", out, fmt)
-        check_apart({"out": out, "y": y, "history": history}, x)
     if model_input is not None:
         require("model_input", model_input, x, "")
         in_place("model_input", model_input, fmt)
-        check_apart({"out": out, "y": y, "history": history, "model_input": model_input}, x)
+    check_apart(x, out, y, history, model_input)
     if isinstance(clip, torch.Tensor):
         packed = table.packed_each(x.device, dtype=x.dtype)
         rows = torch.full_like(clip, row, dtype=torch.int64) if rows is None else rows
