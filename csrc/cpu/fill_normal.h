@@ -190,25 +190,35 @@ inline void interleave(const Normals4& z, int from, float* out) {
 // Three loops over a buffer in L1 instead of one over registers: a batch from counter to normal is
 // one chain of some 180 cycles, longer than the processor looks ahead, while the iterations of
 // each of these loops are short and overlap.
+//
+// `between(k)` is called before each of kStages parts of the work: a place for prefetches.
+constexpr int kStages = 4;
+
+template <class Between>
 inline void normal_batches(uint64_t seed, uint32_t stream, uint32_t step, uint64_t first_block,
-                           int batches, float* out) {
+                           int batches, float* out, const Between& between) {
   const PhiloxDraw draw(seed, step);
   Words4 words;
+  between(0);
   for (int b = 0; b < batches; ++b)
     philox_batch(draw, seed, stream, step, first_block + static_cast<uint64_t>(b) * kBatch, words,
                  b * kBatch);
   Normals4 z;
   for (int pair = 0; pair < 4; pair += 2) {
+    between(1 + pair / 2);
 #pragma omp simd
     for (int i = 0; i < batches * kBatch; ++i)
       fd_box_muller(words[pair][i], words[pair + 1][i], z[pair][i], z[pair + 1][i]);
   }
+  between(3);
   for (int b = 0; b < batches; ++b) interleave(z, b * kBatch, out + 4 * b * kBatch);
 }
 
-// Normals of the logical elements [first, first + n) of one sample.
+// Normals of the logical elements [first, first + n) of one sample; `between` is called in every
+// group of 1,024.
+template <class Between>
 inline void fill_normal(uint64_t seed, uint32_t stream, uint32_t step, int64_t first, int64_t n,
-                        float* out) {
+                        float* out, const Between& between) {
   constexpr int64_t kWidth = 4 * kBatch;
   const int64_t end = first + n;
   int64_t at = first / 4 * 4;
@@ -217,17 +227,22 @@ inline void fill_normal(uint64_t seed, uint32_t stream, uint32_t step, int64_t f
     if (at >= first && at + kWidth <= end) {
       const int64_t whole = (end - at) / kWidth;
       const int batches = static_cast<int>(whole < kGroup / kBatch ? whole : kGroup / kBatch);
-      normal_batches(seed, stream, step, block, batches, out + (at - first));
+      normal_batches(seed, stream, step, block, batches, out + (at - first), between);
       at += batches * kWidth;
     } else {
       float edge[kWidth];
-      normal_batches(seed, stream, step, block, 1, edge);
+      normal_batches(seed, stream, step, block, 1, edge, [](int) {});
       const int64_t lo = at < first ? first : at;
       const int64_t hi = at + kWidth < end ? at + kWidth : end;
       for (int64_t e = lo; e < hi; ++e) out[e - first] = edge[e - at];
       at += kWidth;
     }
   }
+}
+
+inline void fill_normal(uint64_t seed, uint32_t stream, uint32_t step, int64_t first, int64_t n,
+                        float* out) {
+  fill_normal(seed, stream, step, first, n, out, [](int) {});
 }
 
 // The same for a piece of memory whose fastest axis is the channel: memory position

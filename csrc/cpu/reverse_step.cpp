@@ -60,6 +60,66 @@ void combine(const Terms& terms, float* out, int n) {
   kByCount[terms.count](terms, out, n);
 }
 
+// A converted prediction and the sum that reads it, in one loop: d stays in a register on its way
+// to the history. kBefore terms of x' come before d in the order of summation, kAfter behind it.
+struct Converted {
+  const float* x;
+  const float* m;
+  float p, q, bound, weight;  // weight of d in x'; bound below zero: no clipping
+  float* pushed;              // null: d is not kept
+};
+
+template <int kBefore, int kAfter, bool kClip, bool kPushes>
+void convert_fixed(const Converted& v, const Terms& terms, float* out, int n) {
+  const float* t[kBefore + kAfter > 0 ? kBefore + kAfter : 1];
+  float c[kBefore + kAfter > 0 ? kBefore + kAfter : 1];
+  for (int k = 0; k < kBefore + kAfter; ++k) {
+    t[k] = terms.tensor[k];
+    c[k] = terms.coefficient[k];
+  }
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    float d = fd_add_term(fd_add_term(0.0f, v.p, v.x[i]), v.q, v.m[i]);
+    if (kClip) d = fd_clip(d, v.bound);
+    float acc = 0.0f;
+    for (int k = 0; k < kBefore; ++k) acc = fd_add_term(acc, c[k], t[k][i]);
+    acc = fd_add_term(acc, v.weight, d);
+    for (int k = kBefore; k < kBefore + kAfter; ++k) acc = fd_add_term(acc, c[k], t[k][i]);
+    out[i] = acc;
+    if (kPushes) v.pushed[i] = d;
+  }
+}
+
+using ConvertFunction = void (*)(const Converted&, const Terms&, float*, int);
+
+template <int kBefore, int kAfter>
+ConvertFunction pick(bool clips, bool pushes) {
+  if (clips) return pushes ? convert_fixed<kBefore, kAfter, true, true>
+                           : convert_fixed<kBefore, kAfter, true, false>;
+  return pushes ? convert_fixed<kBefore, kAfter, false, true>
+                : convert_fixed<kBefore, kAfter, false, false>;
+}
+
+constexpr int kMostBefore = 2, kMostAfter = 3;
+
+// The loop for these numbers of terms, which `converts_in_registers` has found to be there.
+ConvertFunction find_convert(int before, int after, bool clips, bool pushes) {
+  switch (before * (kMostAfter + 1) + after) {
+    case 0: return pick<0, 0>(clips, pushes);
+    case 1: return pick<0, 1>(clips, pushes);
+    case 2: return pick<0, 2>(clips, pushes);
+    case 3: return pick<0, 3>(clips, pushes);
+    case 4: return pick<1, 0>(clips, pushes);
+    case 5: return pick<1, 1>(clips, pushes);
+    case 6: return pick<1, 2>(clips, pushes);
+    case 7: return pick<1, 3>(clips, pushes);
+    case 8: return pick<2, 0>(clips, pushes);
+    case 9: return pick<2, 1>(clips, pushes);
+    case 10: return pick<2, 2>(clips, pushes);
+    default: return pick<2, 3>(clips, pushes);
+  }
+}
+
 struct Scratch {
   float m[kChunk], u[kChunk], v[kChunk], d[kChunk], n1[kChunk], n2[kChunk], out[kChunk];
 };
@@ -91,16 +151,39 @@ void draw(const FdStepArgs& a, int64_t sample, int32_t stream, int32_t counter, 
     fill_normal_channels_last(seed, s, step, first, n, a.channels, a.size / a.channels, to);
     return;
   }
-  // tensors that fit in the cache need no hint, and short runs of noise cost a tenth more
+  // tensors that fit in the second-level cache need no hint
   const bool far = a.samples * a.size >= kFar;
-  const int piece = far ? kChunk / 4 : kChunk;
-  for (int at = 0; at < n; at += piece) {
-    if (far) ahead.ask(at / piece, kChunk / piece, kChunk);
-    fill_normal(seed, s, step, first + at, n - at < piece ? n - at : piece, to + at);
-  }
+  fill_normal(seed, s, step, first, n, to, [&](int stage) {
+    if (far) ahead.ask(stage, kStages, kChunk);
+  });
 }
 
 bool uses(const float* row, FdTerm term) { return row[kA + term] != 0.0f || row[kB + term] != 0.0f; }
+
+bool writes_y(const float* row) {
+  for (int k = 0; k < kTerms; ++k)
+    if (row[kB + k] != 0.0f) return true;
+  return false;
+}
+
+// Whether d needs no scratch: x' reads it, y' is not written, and the row has no more terms than
+// the solvers' rows have: x and m before d, history and a draw behind it.
+bool converts_in_registers(const float* row) {
+  int before = 0, after = 0;
+  for (int k = 0; k < kTerms; ++k)
+    if (k != kD && row[kA + k] != 0.0f) ++(k < kD ? before : after);
+  return row[kA + kD] != 0.0f && row[kP] != 0.0f && row[kQ] != 0.0f && before <= kMostBefore &&
+         after <= kMostAfter && !writes_y(row);
+}
+
+void write_model_input(const FdStepArgs& a, const float* row, const float* x, int64_t at, int n,
+                       Scratch& s) {
+  if (!a.model_input) return;
+  const float c_in = row[kCIn];
+#pragma omp simd
+  for (int i = 0; i < n; ++i) s.out[i] = c_in * x[i];
+  store_as(s.out, a.model_input_dtype, a.model_input, at, n);
+}
 
 void step_chunk(const FdStepArgs& a, int64_t sample, int64_t first, int n, Scratch& s) {
   const int64_t row_index = a.rows ? a.rows[sample] : a.row;
@@ -125,17 +208,7 @@ void step_chunk(const FdStepArgs& a, int64_t sample, int64_t first, int n, Scrat
   }
 
   const int push = info[kPush];
-  if (push >= 0 || uses(row, kD)) {
-    Terms convert;
-    convert.add(row[kP], a.x + at);
-    convert.add(row[kQ], m);
-    combine(convert, s.d, n);
-    const float bound = a.clip ? a.clip[sample] : a.clip_all;
-    if (bound >= 0.0f) {
-#pragma omp simd
-      for (int i = 0; i < n; ++i) s.d[i] = fd_clip(s.d[i], bound);
-    }
-  }
+  const float bound = a.clip ? a.clip[sample] : a.clip_all;
 
   if (uses(row, kN1)) {
     const int64_t width = a.output_dtype == kFloat32 ? 4 : 2;
@@ -156,22 +229,46 @@ void step_chunk(const FdStepArgs& a, int64_t sample, int64_t first, int n, Scrat
   }
   if (uses(row, kN2)) draw(a, sample, info[kStream2], info[kCounter2], first, n, Ahead{}, s.n2);
 
-  Terms to_x, to_y;
-  const auto add = [&](int term, const float* tensor) {
-    to_x.add(row[kA + term], tensor);
-    to_y.add(row[kB + term], tensor);
+  const auto gather = [&](int start, bool with_d, Terms& terms) {
+    const auto add = [&](int term, const float* tensor) { terms.add(row[start + term], tensor); };
+    add(kX, a.x + at);
+    add(kY, a.y ? a.y + at : nullptr);
+    add(kM, m);
+    const int before = terms.count;
+    if (with_d) add(kD, s.d);
+    for (int k = 0; k < 4; ++k) add(kH0 + k, a.history[k] ? a.history[k] + at : nullptr);
+    add(kN1, s.n1);
+    add(kN2, s.n2);
+    add(kU, u);
+    return before;
   };
-  add(kX, a.x + at);
-  add(kY, a.y ? a.y + at : nullptr);
-  add(kM, m);
-  add(kD, s.d);
-  for (int k = 0; k < 4; ++k) add(kH0 + k, a.history[k] ? a.history[k] + at : nullptr);
-  add(kN1, s.n1);
-  add(kN2, s.n2);
-  add(kU, u);
-
-  // y' first: x' may be written over x, which y' still reads, so x' waits in scratch then
+  const bool converts = push >= 0 || uses(row, kD);
   float* out = a.out + at;
+  if (converts_in_registers(row)) {
+    Terms others;
+    const int before = gather(kA, false, others);
+    const ConvertFunction convert =
+        find_convert(before, others.count - before, bound >= 0.0f, push >= 0);
+    float* pushed = push >= 0 ? a.history[push] + at : nullptr;
+    convert({a.x + at, m, row[kP], row[kQ], bound, row[kA + kD], pushed}, others, out, n);
+    write_model_input(a, row, out, at, n, s);
+    return;
+  }
+
+  Terms to_x, to_y;
+  gather(kA, true, to_x);
+  gather(kB, true, to_y);
+  if (converts) {
+    Terms convert;
+    convert.add(row[kP], a.x + at);
+    convert.add(row[kQ], m);
+    combine(convert, s.d, n);
+    if (bound >= 0.0f) {
+#pragma omp simd
+      for (int i = 0; i < n; ++i) s.d[i] = fd_clip(s.d[i], bound);
+    }
+  }
+  // y' first: x' may be written over x, which y' still reads, so x' waits in scratch then
   if (to_y.count > 0) {
     combine(to_x, s.out, n);
     combine(to_y, a.y + at, n);
@@ -180,21 +277,16 @@ void step_chunk(const FdStepArgs& a, int64_t sample, int64_t first, int n, Scrat
     combine(to_x, out, n);
   }
   if (push >= 0) store_as(s.d, kFloat32, a.history[push], at, n);
-  if (a.model_input) {
-    const float c_in = row[kCIn];
-#pragma omp simd
-    for (int i = 0; i < n; ++i) s.out[i] = c_in * out[i];
-    store_as(s.out, a.model_input_dtype, a.model_input, at, n);
-  }
+  write_model_input(a, row, out, at, n, s);
 }
 
 // A row that needs no scratch: x' from float32 tensors as they lie, for all samples alike.
 bool direct(const FdStepArgs& a, const float* row, const int32_t* info) {
   const bool guided = a.uncond && (a.guidance || a.guidance_all != 1.0f);
-  const bool scratch = info[kPush] >= 0 || uses(row, kD) || uses(row, kN1) || uses(row, kN2);
-  bool writes_y = false;
-  for (int k = 0; k < kTerms; ++k) writes_y = writes_y || row[kB + k] != 0.0f;
-  return !a.rows && !scratch && !guided && !writes_y && !a.model_input &&
+  const bool converts = info[kPush] >= 0 || uses(row, kD);
+  const bool scratch =
+      (converts && !converts_in_registers(row)) || uses(row, kN1) || uses(row, kN2);
+  return !a.rows && !scratch && !guided && !writes_y(row) && !a.model_input &&
          (!(info[kFlags] & kEvaluates) || a.output_dtype == kFloat32);
 }
 

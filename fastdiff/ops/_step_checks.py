@@ -148,9 +148,11 @@ def check_seeds(seeds: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
         raise ValueError("reverse_step: seeds must be given, the row draws noise, got None")
     if not isinstance(seeds, torch.Tensor):
         raise TypeError(f"reverse_step: seeds must be an int64 tensor, got {kind(seeds)}")
-    if seeds.dtype != torch.int64 or seeds.shape != x.shape[:1]:
+    if seeds.dtype != torch.int64 or seeds.dim() != 1 or seeds.shape[0] != x.shape[0]:
         raise ValueError(
             f"reverse_step: seeds must be an int64 tensor ({len(x)},), "
             f"got {seeds.dtype} {tuple(seeds.shape)}"
         )
+    if seeds.device == x.device and seeds.is_contiguous():
+        return seeds
     return seeds.to(x.device).contiguous()  # kernels read them as one run of memory

@@ -103,45 +103,49 @@ def _reference(step: Step) -> None:
 # --- CPU ------------------------------------------------------------------------------------
 
 
-def _sample_stride(t: torch.Tensor | None) -> int:
-    return 0 if t is None else t.stride(0)
+def _place(t: torch.Tensor | None) -> tuple[int, int]:
+    """Address of a model tensor and the distance of its samples; zeros for None."""
+    return (0, 0) if t is None else (t.data_ptr(), t.stride(0))
 
 
 def _cpu(step: Step) -> None:
-    x, history = step.x, step.history
+    x, output, history, model_input = step.x, step.output, step.history, step.model_input
     samples = x.shape[0]
     if samples == 0:
         return
     guidance, clip = step.guidance, step.clip
-    each_guidance = isinstance(guidance, torch.Tensor)
-    each_clip = isinstance(clip, torch.Tensor)
+    each_guidance = guidance if isinstance(guidance, torch.Tensor) else None
+    each_clip = clip if isinstance(clip, torch.Tensor) else None
     address = _native.address
-    output = step.output
+    output_at, output_stride = _place(output)
+    uncond_at, uncond_stride = _place(step.uncond)
+    variance_at, variance_stride = _place(step.variance)
+    history_at, history_stride = _place(history)
     _native.extension.reverse_step(
         x.data_ptr(),
-        address(output),
-        address(step.uncond),
-        address(step.variance),
-        _sample_stride(output),
-        _sample_stride(step.uncond),
-        _sample_stride(step.variance),
+        output_at,
+        uncond_at,
+        variance_at,
+        output_stride,
+        uncond_stride,
+        variance_stride,
         0 if output is None else _native.DTYPES[output.dtype],
         address(step.y),
-        address(history),
-        0 if history is None else history.stride(0),
-        0 if history is None else min(history.shape[0], HISTORY_SLOTS),
+        history_at,
+        history_stride,
+        0 if history is None else history.shape[0],
         step.packed.floats.data_ptr(),
         step.packed.ints.data_ptr(),
         address(step.rows),
         step.row,
         address(step.seeds),
-        guidance.data_ptr() if each_guidance else 0,  # type: ignore[union-attr]
-        1.0 if each_guidance else guidance,
-        clip.data_ptr() if each_clip else 0,  # type: ignore[union-attr]
-        -1.0 if each_clip or clip is None else clip,
+        address(each_guidance),
+        guidance if each_guidance is None else 1.0,
+        address(each_clip),
+        -1.0 if clip is None or each_clip is not None else clip,
         step.out.data_ptr(),
-        address(step.model_input),
-        0 if step.model_input is None else _native.DTYPES[step.model_input.dtype],
+        address(model_input),
+        0 if model_input is None else _native.DTYPES[model_input.dtype],
         samples,
         x.numel() // samples,
         channels(x, step.format),
