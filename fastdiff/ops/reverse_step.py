@@ -25,7 +25,7 @@ from fastdiff.ops._step_checks import (
     weight,
 )
 from fastdiff.reference.reverse_step import reference_row
-from fastdiff.table import C_IN, HISTORY_SLOTS, PUSH, Packed, StepTable
+from fastdiff.table import C_IN, PUSH, Packed, StepTable
 
 
 class Step(NamedTuple):
