@@ -63,15 +63,15 @@ def _triton_reason() -> str | None:
 
 
 def _cuda_reason() -> str | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "no CUDA device is present"
     try:  # find_spec imports the parent package, which may be missing
         found = importlib.util.find_spec("cuda.core") is not None
     except ModuleNotFoundError:
         found = False
-    if not found:
-        return "cuda-core is not installed (pip install 'fastdiff-sampler[cuda]')"
-    import torch
-
-    return None if torch.cuda.is_available() else "no CUDA device is present"
+    return None if found else "cuda-core is not installed (pip install 'fastdiff-sampler[cuda]')"
 
 
 # Name -> reason why it cannot run on this machine at all, or None.
