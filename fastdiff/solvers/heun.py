@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from fastdiff.solvers._checks import number
 from fastdiff.solvers._churn import Churn
 from fastdiff.solvers._walk import Walk
 from fastdiff.solvers.ddim import ancestral
@@ -17,6 +18,7 @@ def heun(
     s_tmin: float = 0.0,
     s_tmax: float = math.inf,
     s_noise: float = 1.0,
+    min_alpha: float = 1e-3,
 ) -> StepTable:
     """Karras et al. 2022 (arXiv:2206.00364), algorithm 2; algorithm 1 without churn.
 
@@ -34,11 +36,14 @@ def heun(
         s_churn, s_tmin, s_tmax, s_noise: as in `Churn`.
     """
     churn = Churn(s_churn, s_tmin, s_tmax, s_noise)
+    min_alpha = number("min_alpha", min_alpha, 0.0)
     is_flow = walk.schedule.kind == "flow"
     for step in walk:
         step = churn.before(walk, step)
         then = step.next
-        corrected = then.sigma > 0 and (is_flow or math.isfinite(step.h))
+        corrected = then.sigma > 0 and (
+            is_flow or (math.isfinite(step.h) and step.now.alpha >= min_alpha)
+        )
         walk.evaluate(step.now, ancestral(step, 0.0)[0], push=corrected)
         if corrected:
             if is_flow:
