@@ -102,7 +102,8 @@ def sample(args: argparse.Namespace) -> int:
         spacing=args.spacing,
     )
     guidance = card["sampling"]["guidance"] if args.guidance is None else args.guidance
-    sampler = Sampler(model, table, guidance=guidance, clip=1.0, device=args.device)
+    clip = card["sampling"].get("clip")
+    sampler = Sampler(model, table, guidance=guidance, clip=clip, device=args.device)
     loaded = clock()
 
     # one row of the picture a class, one column a seed
