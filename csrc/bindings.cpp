@@ -85,7 +85,8 @@ void reverse_step(Address x, Address output, Address uncond, Address variance,
   args.output_dtype = output_dtype;
   args.y = at<float>(y);
   constexpr int kSlots = sizeof(args.history) / sizeof(args.history[0]);
-  for (int k = 0; k < history_slots && k < kSlots; ++k) args.history[k] = at<float>(history) + k * history_stride;
+  for (int k = 0; k < history_slots && k < kSlots; ++k)
+    args.history[k] = at<float>(history) + k * history_stride;
   args.row_floats = at<float>(row_floats);
   args.row_ints = at<int32_t>(row_ints);
   args.rows = at<int64_t>(rows);
