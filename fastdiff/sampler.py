@@ -12,7 +12,7 @@ from torch import Tensor
 from fastdiff.ops.noise import Stream, as_seeds, randn
 from fastdiff.ops.reverse_step import reverse_step
 from fastdiff.reference.reverse_step import guide
-from fastdiff.solvers import Point, x0_conversion
+from fastdiff.solvers._walk import Point, x0_conversion
 from fastdiff.table import StepTable
 
 Model = Callable[..., Tensor]

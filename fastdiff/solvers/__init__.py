@@ -16,7 +16,7 @@ import numpy as np
 
 from fastdiff.schedules import SPACINGS, Grid, Schedule
 from fastdiff.solvers._checks import choice
-from fastdiff.solvers._walk import PREDICTIONS, Point, Walk, x0_conversion
+from fastdiff.solvers._walk import PREDICTIONS, Walk
 from fastdiff.solvers.ddim import ddim
 from fastdiff.solvers.ddpm import ddpm
 from fastdiff.solvers.dpmpp import dpmpp_2m, dpmpp_2m_sde
@@ -24,7 +24,7 @@ from fastdiff.solvers.euler import euler, euler_ancestral
 from fastdiff.solvers.heun import heun
 from fastdiff.table import StepTable
 
-__all__ = ["PREDICTIONS", "SOLVERS", "Point", "build", "build_on", "x0_conversion"]
+__all__ = ["PREDICTIONS", "SOLVERS", "build", "build_on"]
 
 SOLVERS: dict[str, Callable[..., StepTable]] = {
     f.__name__: f for f in (ddpm, ddim, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde)
