@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "quick_step.h"
 
 namespace nb = nanobind;
 
@@ -106,6 +107,38 @@ void reverse_step(Address x, Address output, Address uncond, Address variance,
   active->reverse_step(args);
 }
 
+fd::TensorClass tensors;
+PyObject* empty_like = nullptr;
+
+// Hands over torch.Tensor and torch.empty_like; false: this torch offers no exchange table.
+bool use_torch(nb::handle tensor_class, nb::handle like) {
+  Py_XDECREF(empty_like);
+  empty_like = nb::borrow(like).release().ptr();
+  return tensors.find(tensor_class);
+}
+
+// x' where every argument is plainly in order, None where the caller has to look closer.
+nb::object quick_step(nb::handle x, nb::handle output, nb::handle uncond, nb::handle variance,
+                      nb::handle y, nb::handle history, nb::handle seeds, nb::handle guidance,
+                      nb::handle clip, nb::object out, nb::handle model_input, Address row_floats,
+                      Address row_ints, int64_t row, const nb::tuple& needs) {
+  FdStepArgs args{};
+  const fd::QuickStep step{x,       output, uncond,   variance, y,
+                           history, seeds,  guidance, clip,     model_input};
+  fd::QuickCall call(tensors, step);
+  if (!call.check(fd::Needs(needs), args)) return nb::none();
+  if (out.is_none()) out = nb::handle(empty_like)(x);
+  if (!call.check_out(out, args)) return nb::none();
+  args.row_floats = at<float>(row_floats);
+  args.row_ints = at<int32_t>(row_ints);
+  args.row = row;
+  {
+    nb::gil_scoped_release release;
+    active->reverse_step(args);
+  }
+  return out;
+}
+
 void reparameterize(Address mu, Address logvar, int in_dtype, Address seeds, uint32_t step,
                     uint32_t stream, int64_t samples, int64_t size, Address z, Address kl) {
   const FdReparameterizeArgs args{at<void>(mu), at<void>(logvar), in_dtype, at<int64_t>(seeds),
@@ -134,6 +167,12 @@ NB_MODULE(_cpu, m) {
   m.def("set_isa", &set_isa, "Use this instruction set from now on.");
   m.def("noise", &noise);
   m.def("reverse_step", &reverse_step);
+  m.def("use_torch", &use_torch);
+  m.def("quick_step", &quick_step, nb::arg("x").none(), nb::arg("output").none(),
+        nb::arg("uncond").none(), nb::arg("variance").none(), nb::arg("y").none(),
+        nb::arg("history").none(), nb::arg("seeds").none(), nb::arg("guidance").none(),
+        nb::arg("clip").none(), nb::arg("out").none(), nb::arg("model_input").none(),
+        nb::arg("row_floats"), nb::arg("row_ints"), nb::arg("row"), nb::arg("needs"));
   m.def("reparameterize", &reparameterize);
   m.def("reparameterize_backward", &reparameterize_backward);
 }

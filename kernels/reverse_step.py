@@ -26,7 +26,7 @@ from fastdiff.kernels._common import (
 
 from fastdiff import table
 from fastdiff.ops._presence import presence
-from fastdiff.ops.reverse_step import Step
+from fastdiff.ops._step_checks import Step
 
 _P: tl.constexpr = tl.constexpr(table.P)
 _Q: tl.constexpr = tl.constexpr(table.Q)

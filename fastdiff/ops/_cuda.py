@@ -21,9 +21,9 @@ import torch
 
 from fastdiff.ops import _launches
 from fastdiff.ops._launches import Launch, Macros
+from fastdiff.ops._step_checks import Step
 from fastdiff.ops.noise import Draw
 from fastdiff.ops.reparameterize import Reparameterize, ReparameterizeBackward
-from fastdiff.ops.reverse_step import Step
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _DIGEST = 32

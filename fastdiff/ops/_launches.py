@@ -14,9 +14,9 @@ from fastdiff.ops._layout import channels as channels_of
 from fastdiff.ops._layout import memory_format
 from fastdiff.ops._native import DTYPES, address
 from fastdiff.ops._presence import presence
+from fastdiff.ops._step_checks import Step
 from fastdiff.ops.noise import Draw
 from fastdiff.ops.reparameterize import Reparameterize, ReparameterizeBackward
-from fastdiff.ops.reverse_step import Step
 
 THREADS = 256  # of a block; the launch bound of every kernel in csrc/cuda
 _MAX_Y = 65535  # the most blocks along y that a grid may have

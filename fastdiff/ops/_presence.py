@@ -26,7 +26,7 @@ from fastdiff.table import (
 )
 
 if TYPE_CHECKING:
-    from fastdiff.ops.reverse_step import Step
+    from fastdiff.ops._step_checks import Step
 
 BIT = {term: 1 << k for k, term in enumerate(TERMS)}
 _NOISE = BIT["n1"] | BIT["n2"]

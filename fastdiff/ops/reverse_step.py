@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from fastdiff.backends import Implementation, Op, choose
-from fastdiff.ops import _native
-from fastdiff.ops._layout import channels, memory_format
+from fastdiff.ops import _native, _step_cpu
+from fastdiff.ops._layout import memory_format
 from fastdiff.ops._step_checks import (
+    Like,
+    Step,
     check_apart,
     check_history,
     check_row,
@@ -25,28 +26,7 @@ from fastdiff.ops._step_checks import (
     weight,
 )
 from fastdiff.reference.reverse_step import reference_row
-from fastdiff.table import C_IN, PUSH, Packed, StepTable
-
-
-class Step(NamedTuple):
-    """Checked arguments; backends write ``out``, ``y``, ``history`` and ``model_input``."""
-
-    x: torch.Tensor
-    output: torch.Tensor | None
-    uncond: torch.Tensor | None
-    variance: torch.Tensor | None
-    y: torch.Tensor | None
-    history: torch.Tensor | None
-    packed: Packed
-    row: int
-    rows: torch.Tensor | None
-    seeds: torch.Tensor | None
-    guidance: float | torch.Tensor
-    clip: float | torch.Tensor | None
-    out: torch.Tensor
-    model_input: torch.Tensor | None
-    format: torch.memory_format
-
+from fastdiff.table import C_IN, PUSH, StepTable
 
 # --- reference ------------------------------------------------------------------------------
 
@@ -100,74 +80,34 @@ def _reference(step: Step) -> None:
             step.model_input[g] = (float(row[C_IN]) * new_x).to(step.model_input.dtype)
 
 
-# --- CPU ------------------------------------------------------------------------------------
-
-
-def _place(t: torch.Tensor | None) -> tuple[int, int]:
-    """Address of a model tensor and the distance of its samples; zeros for None."""
-    return (0, 0) if t is None else (t.data_ptr(), t.stride(0))
-
-
-def _cpu(step: Step) -> None:
-    x, output, history, model_input = step.x, step.output, step.history, step.model_input
-    samples = x.shape[0]
-    if samples == 0:
-        return
-    guidance, clip = step.guidance, step.clip
-    each_guidance = guidance if isinstance(guidance, torch.Tensor) else None
-    each_clip = clip if isinstance(clip, torch.Tensor) else None
-    address = _native.address
-    output_at, output_stride = _place(output)
-    uncond_at, uncond_stride = _place(step.uncond)
-    variance_at, variance_stride = _place(step.variance)
-    history_at, history_stride = _place(history)
-    _native.extension.reverse_step(
-        x.data_ptr(),
-        output_at,
-        uncond_at,
-        variance_at,
-        output_stride,
-        uncond_stride,
-        variance_stride,
-        0 if output is None else _native.DTYPES[output.dtype],
-        address(step.y),
-        history_at,
-        history_stride,
-        0 if history is None else history.shape[0],
-        step.packed.floats.data_ptr(),
-        step.packed.ints.data_ptr(),
-        address(step.rows),
-        step.row,
-        address(step.seeds),
-        address(each_guidance),
-        guidance if each_guidance is None else 1.0,
-        address(each_clip),
-        -1.0 if clip is None or each_clip is not None else clip,
-        step.out.data_ptr(),
-        address(model_input),
-        0 if model_input is None else _native.DTYPES[model_input.dtype],
-        samples,
-        x.numel() // samples,
-        channels(x, step.format),
-    )
-
+# --- backends -------------------------------------------------------------------------------
 
 _STATES = (torch.float32, torch.float64)
 
 
 def _wants_gradient(t: torch.Tensor | None) -> bool:
-    return t is not None and t.requires_grad
+    return isinstance(t, torch.Tensor) and t.requires_grad
+
+
+def _tracked(
+    x: torch.Tensor,
+    output: torch.Tensor | None,
+    uncond: torch.Tensor | None,
+    variance: torch.Tensor | None,
+) -> bool:
+    """Whether autograd would want a backward pass."""
+    # written out: a loop over the tensors would cost a tenth of a small step
+    return torch.is_grad_enabled() and (
+        _wants_gradient(x)
+        or _wants_gradient(output)
+        or _wants_gradient(uncond)
+        or _wants_gradient(variance)
+    )
 
 
 def _refuse_dtype(step: Step) -> str | None:
     x, output, model_input = step.x, step.output, step.model_input
-    # written out: a loop over the tensors would cost a tenth of a small step
-    if torch.is_grad_enabled() and (
-        x.requires_grad
-        or _wants_gradient(output)
-        or _wants_gradient(step.uncond)
-        or _wants_gradient(step.variance)
-    ):
+    if _tracked(x, output, step.uncond, step.variance):
         return "the kernel has no backward pass (torch.no_grad(), or the reference)"
     if x.dtype != torch.float32:
         return f"the state must be float32, got {x.dtype}"
@@ -207,7 +147,7 @@ def _load_cuda() -> Callable[[Step], None]:
 OP = Op(
     "reverse_step",
     {
-        "cpu": Implementation(lambda: _cpu, _refuse_cpu),
+        "cpu": Implementation(lambda: _step_cpu.run, _refuse_cpu),
         "triton": Implementation(_load_triton, _refuse_triton),
         "cuda": Implementation(_load_cuda, _refuse_cuda),
         "reference": Implementation(lambda: _reference, lambda step: None),
@@ -237,59 +177,62 @@ def prepare(
     """The arguments of `reverse_step`, checked; nothing is written."""
     if not isinstance(x, torch.Tensor) or x.dtype not in _STATES:
         raise TypeError(f"reverse_step: x must be a float32 or float64 tensor, got {kind(x)}")
-    if x.dim() == 0:
+    shape = x.shape
+    if not shape:
         raise ValueError("reverse_step: x must have shape (N, *S), got ()")
     fmt = memory_format(x)
     if fmt is None:
         fmt = torch.contiguous_format
         x = x.contiguous()
+    dtype, device = x.dtype, x.device
+    like = Like(shape, device, dtype, fmt)
     rows: torch.Tensor | None = None
     if isinstance(row, torch.Tensor):
-        rows = check_rows(row, table, x)
+        rows = check_rows(row, table, like)
         needs, row = joined(table, rows), 0
     else:
         needs = table.needs[check_row(row, table)]
     if needs.output:
-        output = ordered(require("output", output, x, "the row evaluates the model"), fmt)
+        output = ordered(require("output", output, like, "the row evaluates the model"), fmt)
         if uncond is not None or needs.uncond:
-            uncond = require("uncond", uncond, x, "the row reads it", output.dtype)
+            uncond = require("uncond", uncond, like, "the row reads it", output.dtype)
             uncond = ordered(uncond, fmt)
     else:
         output = uncond = None
     if needs.variance:
-        variance = require("variance", variance, x, "its variance is learned", output.dtype)  # type: ignore[union-attr]
+        variance = require("variance", variance, like, "its variance is learned", output.dtype)  # type: ignore[union-attr]
         variance = ordered(variance, fmt)
     else:
         variance = None
     if needs.anchor or needs.writes_anchor:
-        y = require("y", y, x, "the row uses the anchor state", x.dtype)
+        y = require("y", y, like, "the row uses the anchor state", dtype)
         in_place("y", y, fmt)
     else:
         y = None
-    history = check_history(history, needs.history, x, fmt) if needs.history else None
+    history = check_history(history, needs.history, x, like) if needs.history else None
     if needs.seeds:
-        seeds = check_seeds(seeds, x)
+        seeds = check_seeds(seeds, like)
     if uncond is not None or isinstance(guidance, torch.Tensor):
-        guidance = weight("guidance", guidance, x)
+        guidance = weight("guidance", guidance, like)
     if clip is not None:
-        clip = weight("clip", clip, x)
+        clip = weight("clip", clip, like)
         if not isinstance(clip, torch.Tensor) and clip < 0:
             raise ValueError(f"reverse_step: clip must not be negative, got {clip}")
     if out is None:
         out = torch.empty_like(x)
     else:
-        require("out", out, x, "", x.dtype)
+        require("out", out, like, "", dtype)
         in_place("out", out, fmt)
     if model_input is not None:
-        require("model_input", model_input, x, "")
+        require("model_input", model_input, like, "")
         in_place("model_input", model_input, fmt)
     check_apart(x, out, y, history, model_input)
     if isinstance(clip, torch.Tensor):
-        packed = table.packed_each(x.device, dtype=x.dtype)
+        packed = table.packed_each(device, dtype=dtype)
         rows = torch.full_like(clip, row, dtype=torch.int64) if rows is None else rows
         rows = rows + len(table) * (clip >= 0)
     else:
-        packed = table.packed(x.device, clip=clip is not None, dtype=x.dtype)
+        packed = table.packed(device, clip=clip is not None, dtype=dtype)
     return Step(
         x,
         output,
@@ -351,6 +294,24 @@ def reverse_step(
         TypeError, ValueError: an argument breaks its rule; nothing has been written.
         BackendError: the forced backend cannot do it.
     """
+    if not _tracked(x, output, uncond, variance):
+        done = _step_cpu.quick(
+            x,
+            output,
+            table,
+            row,
+            uncond,
+            guidance,
+            clip,
+            variance,
+            y,
+            history,
+            seeds,
+            out,
+            model_input,
+        )
+        if done is not None:
+            return done
     step = prepare(
         x,
         output,
