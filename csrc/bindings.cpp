@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "quick_film.h"
 #include "quick_step.h"
 
 namespace nb = nanobind;
@@ -16,6 +17,7 @@ extern "C" const FdKernels fd_kernels_portable;
 #ifdef FD_X86
 extern "C" const FdKernels fd_kernels_avx2;
 extern "C" const FdKernels fd_kernels_avx512;
+extern "C" const FdKernels fd_kernels_avx512_bf16;
 #endif
 
 namespace {
@@ -26,8 +28,10 @@ std::vector<const FdKernels*> supported() {
 #ifdef FD_X86
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    if (__builtin_cpu_supports("avx512bf16")) found.push_back(&fd_kernels_avx512_bf16);
     found.push_back(&fd_kernels_avx512);
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     found.push_back(&fd_kernels_avx2);
 #endif
@@ -110,11 +114,11 @@ void reverse_step(Address x, Address output, Address uncond, Address variance,
 fd::TensorClass tensors;
 PyObject* empty_like = nullptr;
 
-// Hands over torch.Tensor and torch.empty_like; false: this torch offers no exchange table.
-bool use_torch(nb::handle tensor_class, nb::handle like) {
+// Hands over what is needed of torch; false: its tensors offer no exchange table.
+bool use_torch(nb::handle tensor, nb::handle parameter, nb::handle like) {
   Py_XDECREF(empty_like);
   empty_like = nb::borrow(like).release().ptr();
-  return tensors.find(tensor_class);
+  return tensors.find(tensor, parameter);
 }
 
 // x' where every argument is plainly in order, None where the caller has to look closer.
@@ -135,6 +139,33 @@ nb::object quick_step(nb::handle x, nb::handle output, nb::handle uncond, nb::ha
   {
     nb::gil_scoped_release release;
     active->reverse_step(args);
+  }
+  return out;
+}
+
+// The result where every argument is plainly in order, None where the caller has to look closer.
+nb::object film_norm(nb::handle x, int64_t groups, nb::handle weight, nb::handle bias,
+                     nb::handle scale, nb::handle shift, nb::handle act, nb::handle residual,
+                     nb::handle eps, bool plus_one, nb::object out) {
+  FdFilmNormArgs args{};
+  fd::FilmCall call(tensors);
+  int weights = -1, films = -1;
+  if (!call.image(x, groups, args) || !fd::activation(act, args.silu) ||
+      !fd::plain_number(eps, args.eps) || !(args.eps >= 0.0 && std::isfinite(args.eps)) ||
+      !call.row(weight, args.weight, weights, nullptr) ||
+      !call.row(bias, args.bias, weights, nullptr) ||
+      !call.row(scale, args.scale, films, &args.scale_stride) ||
+      !call.row(shift, args.shift, films, &args.shift_stride))
+    return nb::none();
+  args.weight_dtype = weights;
+  args.film_dtype = films;
+  args.plus_one = plus_one;
+  if (!residual.is_none() && !(args.residual = call.like_x(residual))) return nb::none();
+  if (out.is_none()) out = nb::handle(empty_like)(x);
+  if (!(args.out = call.like_x(out))) return nb::none();
+  {
+    nb::gil_scoped_release release;
+    active->film_norm(args);
   }
   return out;
 }
@@ -173,6 +204,10 @@ NB_MODULE(_cpu, m) {
         nb::arg("history").none(), nb::arg("seeds").none(), nb::arg("guidance").none(),
         nb::arg("clip").none(), nb::arg("out").none(), nb::arg("model_input").none(),
         nb::arg("row_floats"), nb::arg("row_ints"), nb::arg("row"), nb::arg("needs"));
+  m.def("film_norm", &film_norm, nb::arg("x"), nb::arg("groups"), nb::arg("weight").none(),
+        nb::arg("bias").none(), nb::arg("scale").none(), nb::arg("shift").none(),
+        nb::arg("act").none(), nb::arg("residual").none(), nb::arg("eps"), nb::arg("plus_one"),
+        nb::arg("out").none());
   m.def("reparameterize", &reparameterize);
   m.def("reparameterize_backward", &reparameterize_backward);
 }

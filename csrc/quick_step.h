@@ -128,18 +128,11 @@ class QuickCall {
     return true;
   }
 
-  // Plain finite numbers alone; the weights of single samples are not for here.
+  // Finite in float32 too; the weights of single samples are not for here.
   static bool number(nanobind::handle object, float& value) {
-    const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()));
-    if (type != reinterpret_cast<PyObject*>(&PyFloat_Type) &&
-        type != reinterpret_cast<PyObject*>(&PyLong_Type))
-      return false;
-    const double d = PyFloat_AsDouble(object.ptr());
-    if (PyErr_Occurred()) {
-      PyErr_Clear();
-      return false;
-    }
-    value = static_cast<float>(d);
+    double wide;
+    if (!plain_number(object, wide)) return false;
+    value = static_cast<float>(wide);
     return std::isfinite(value);
   }
 

@@ -32,10 +32,11 @@ struct DlExchangeApi {
   void* current_stream;
 };
 
-// The class torch.Tensor with its exchange table; empty until `find` has found one.
+// The classes whose objects are plain tensors, torch.Tensor and its Parameter, with the exchange
+// table that they share; empty until `find` has found one.
 class TensorClass {
  public:
-  bool find(nanobind::handle type) {
+  bool find(nanobind::handle type, nanobind::handle parameter) {
     api_ = nullptr;
     const nanobind::object capsule =
         nanobind::getattr(type, "__dlpack_c_exchange_api__", nanobind::none());
@@ -44,20 +45,23 @@ class TensorClass {
         PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
     if (api->major != 1 || !api->borrow) return false;
     type_ = type.ptr();
+    parameter_ = parameter.ptr();
     api_ = api;
     return true;
   }
 
   // Fills `out` if the object is a plain tensor that DLPack can describe; sets no Python error.
   bool borrow(nanobind::handle object, DlTensor* out) const {
-    if (!api_ || reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) != type_) return false;
+    const auto* type = reinterpret_cast<const PyObject*>(Py_TYPE(object.ptr()));
+    if (!api_ || (type != type_ && type != parameter_)) return false;
     if (api_->borrow(object.ptr(), out) == 0) return true;
     PyErr_Clear();
     return false;
   }
 
  private:
-  PyObject* type_ = nullptr;  // torch keeps its class alive
+  const PyObject* type_ = nullptr;  // torch keeps its classes alive
+  const PyObject* parameter_ = nullptr;
   const DlExchangeApi* api_ = nullptr;
 };
 
@@ -126,5 +130,17 @@ struct Tensor : DlTensor {
     return true;
   }
 };
+
+// The value of a plain float or int; false for whatever else a caller may pass as a number.
+inline bool plain_number(nanobind::handle object, double& value) {
+  const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()));
+  if (type != reinterpret_cast<PyObject*>(&PyFloat_Type) &&
+      type != reinterpret_cast<PyObject*>(&PyLong_Type))
+    return false;
+  value = PyFloat_AsDouble(object.ptr());
+  if (!PyErr_Occurred()) return true;
+  PyErr_Clear();  // an int beyond float64
+  return false;
+}
 
 }  // namespace fd

@@ -67,10 +67,30 @@ struct FdReparameterizeBackwardArgs {
   void* grad_logvar;
 };
 
+struct FdFilmNormArgs {
+  const void* x;
+  const void* residual;  // like x, or null
+  void* out;
+  int dtype;  // of these three
+  const void* weight;  // one value a channel, or null; so is bias
+  const void* bias;
+  int weight_dtype;
+  const void* scale;  // one value a channel of each sample, or null; so is shift
+  const void* shift;
+  int film_dtype;
+  int64_t scale_stride, shift_stride;  // between samples
+  int64_t samples, channels, pixels;
+  bool channels_last;
+  int64_t groups;  // 0: no normalisation
+  double eps;
+  bool plus_one, silu;
+};
+
 struct FdKernels {
   const char* name;
   void (*noise)(const FdNoiseArgs&);
   void (*reverse_step)(const FdStepArgs&);
   void (*reparameterize)(const FdReparameterizeArgs&);
   void (*reparameterize_backward)(const FdReparameterizeBackwardArgs&);
+  void (*film_norm)(const FdFilmNormArgs&);
 };

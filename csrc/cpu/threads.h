@@ -11,6 +11,14 @@ namespace fd {
 namespace FD_ISA {
 namespace {
 
+inline int64_t max_threads() {
+#ifdef _OPENMP
+  return omp_in_parallel() ? 1 : omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
 // Calls body(begin, end) so that the calls together cover [0, units) once. `cost` is the time of
 // one unit in nanoseconds, roughly: a thread must be worth the 5 us or so of waking it.
 template <class Body>
@@ -18,7 +26,7 @@ inline void parallel_for(int64_t units, double cost, const Body& body) {
 #ifdef _OPENMP
   constexpr double kWorthAThread = 6000.0;
   const double shares = static_cast<double>(units) * cost / kWorthAThread;
-  int threads = omp_in_parallel() ? 1 : omp_get_max_threads();
+  int threads = static_cast<int>(max_threads());
   if (shares < threads) threads = static_cast<int>(shares);
   if (threads > units) threads = static_cast<int>(units);
   if (threads > 1) {

@@ -89,7 +89,9 @@ def check(
     if residual is not None:
         check_tensor(op, "residual", residual, x, tuple(x.shape))
         if residual.dtype != x.dtype:
-            raise TypeError(f"{op}: residual must have the dtype of x {x.dtype}, got {residual.dtype}")
+            raise TypeError(
+                f"{op}: residual must have the dtype of x {x.dtype}, got {residual.dtype}"
+            )
 
 
 def _pair(

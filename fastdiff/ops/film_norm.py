@@ -140,7 +140,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def _run(op: str, *inputs: Any) -> torch.Tensor:
-    x, groups, weight, bias, scale, shift, act, residual, eps, plus_one = inputs
+    x, groups, weight, bias, scale, shift, act, residual, eps, _ = inputs
     # what follows up to the checks costs 2 us; C++ takes what is plainly in order
     if torch.compiler.is_compiling():
         check(op, x, groups, weight, bias, scale, shift, act, residual, eps)
@@ -150,11 +150,7 @@ def _run(op: str, *inputs: Any) -> torch.Tensor:
         isinstance(t, torch.Tensor) and t.requires_grad for t in tensors
     )
     traced = torch._C._len_torch_dispatch_stack() != 0
-    if (
-        _native.reads_tensors
-        and not (wants_grad or traced)
-        and forced() in ("auto", "cpu")
-    ):
+    if _native.reads_tensors and not (wants_grad or traced) and forced() in ("auto", "cpu"):
         done = _native.extension.film_norm(*inputs, None)
         if done is not None:
             return done  # type: ignore[no-any-return]

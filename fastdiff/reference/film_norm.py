@@ -1,7 +1,7 @@
 """Normalisation, FiLM, activation and residual in plain PyTorch: the definition of `film_norm`.
 
-Group normalisation is Wu and He 2018 (arXiv:1803.08494), equations 1 to 7; FiLM is Perez et al. 2018
-(arXiv:1709.07871), equation 2, in the form with 1 + scale that Dhariwal and Nichol 2021
+Group normalisation is Wu and He 2018 (arXiv:1803.08494), equations 1 to 7; FiLM is Perez et al.
+2018 (arXiv:1709.07871), equation 2, in the form with 1 + scale that Dhariwal and Nichol 2021
 (arXiv:2105.05233, section 4) use after a normalisation.
 
 Means and variances are sums, so a kernel may take them in another order: no bits are promised.
@@ -9,11 +9,16 @@ Means and variances are sums, so a kernel may take them in another order: no bit
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
 # act -> its function; every kernel knows these
-ACTIVATIONS = {None: lambda h: h, "silu": F.silu}
+ACTIVATIONS: dict[str | None, Callable[[torch.Tensor], torch.Tensor]] = {
+    None: lambda h: h,
+    "silu": F.silu,
+}
 
 
 def computed(t: torch.Tensor) -> torch.Tensor:

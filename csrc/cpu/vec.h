@@ -1,0 +1,229 @@
+// A vector of floats as wide as the instruction set has it, with loads and stores that convert.
+//
+// The operators are the compiler's own on vector types. Sources that use this header promise no
+// bits, so they are compiled with contraction on: a * b + c is one instruction where there is one.
+#pragma once
+
+#include "../half.h"
+
+#include <cstdint>
+#include <cstring>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace fd {
+namespace FD_ISA {
+namespace {
+
+// vec_silu_scaled(t) is y / (1 + exp(-y)) for t = -y log2(e), to what a result of 16 bits can hold:
+// who has y as x slope + offset has t as cheaply. With every constant of the exponential scaled
+// alike it is t / (-log2(e) (1 + 2^t)).
+constexpr double kSiluScale = -1.4426950408889634;
+
+#ifdef __AVX512F__
+
+constexpr int kWidth = 16;
+using Vec = __m512;
+
+inline Vec vec_set(float x) { return _mm512_set1_ps(x); }
+
+inline __mmask16 vec_first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+
+// Elements [at, at + 16) of `from`, whose type is `D`; with `n`, the first n and zeros.
+template <int D>
+inline Vec vec_load(const void* from, int64_t at, int n = kWidth) {
+  const __mmask16 mask = vec_first(n);
+  if (D == kFloat32) {
+    const float* p = static_cast<const float*>(from) + at;
+    return n == kWidth ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps(mask, p);
+  }
+  const uint16_t* p = static_cast<const uint16_t*>(from) + at;
+  const __m256i half = n == kWidth ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))
+                                   : _mm256_maskz_loadu_epi16(mask, p);
+  if (D == kFloat16) return _mm512_cvtph_ps(half);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+inline __m256i vec_to_bf16(Vec v) {
+#ifdef __AVX512BF16__
+  return (__m256i)_mm512_cvtneps_pbh(v);
+#else
+  const __m512i u = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(_mm512_add_epi32(u, odd), _mm512_set1_epi32(0x7fff));
+  const __m512i quiet = _mm512_or_si512(u, _mm512_set1_epi32(0x400000));
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(up, nan, quiet), 16));
+#endif
+}
+
+template <int D>
+inline void vec_store(Vec v, void* to, int64_t at, int n = kWidth) {
+  const __mmask16 mask = vec_first(n);
+  if (D == kFloat32) {
+    float* p = static_cast<float*>(to) + at;
+    if (n == kWidth)
+      _mm512_storeu_ps(p, v);
+    else
+      _mm512_mask_storeu_ps(p, mask, v);
+    return;
+  }
+  uint16_t* p = static_cast<uint16_t*>(to) + at;
+  const __m256i half =
+      D == kFloat16 ? _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT) : vec_to_bf16(v);
+  if (n == kWidth)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+  else
+    _mm256_mask_storeu_epi16(p, mask, half);
+}
+
+// Stage by stage over all of them: one after the other, each waits for its own latencies and the
+// scheduler fills with what cannot run yet (a quarter slower).
+template <int K>
+inline void vec_silu_scaled(Vec (&t)[K]) {
+  Vec f[K], p[K];
+  for (int k = 0; k < K; ++k) f[k] = _mm512_reduce_ps(t[k], _MM_FROUND_TO_NEG_INF);  // t - floor(t)
+  for (int k = 0; k < K; ++k) p[k] = f[k] * -0.11256559f - 0.32614598f;
+  for (int k = 0; k < K; ++k) p[k] = p[k] * f[k] - 1.0038756f;
+  for (int k = 0; k < K; ++k) p[k] = p[k] * f[k] - 1.4425871f;
+  for (int k = 0; k < K; ++k) p[k] = _mm512_scalef_ps(p[k], t[k]);
+  for (int k = 0; k < K; ++k) p[k] = _mm512_rcp14_ps(p[k] - 1.442695f);
+  for (int k = 0; k < K; ++k) t[k] = t[k] * p[k];
+}
+
+#ifdef __AVX512BF16__
+// 32 neighbouring bf16 as the even and the odd ones of them.
+inline void load_pairs(const uint16_t* from, Vec& even, Vec& odd) {
+  const __m512i both = _mm512_loadu_si512(from);
+  even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+  odd = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+}
+
+inline void store_pairs(uint16_t* to, Vec even, Vec odd) {
+  alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                      21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                      11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), halves));
+}
+
+// 32 floats in the order of load_pairs.
+inline void separate(float* values) {
+  alignas(64) static constexpr int32_t kEven[16] = {0,  2,  4,  6,  8,  10, 12, 14,
+                                                    16, 18, 20, 22, 24, 26, 28, 30};
+  const __m512i even = _mm512_load_si512(kEven), odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  const Vec low = _mm512_loadu_ps(values), high = _mm512_loadu_ps(values + 16);
+  _mm512_storeu_ps(values, _mm512_permutex2var_ps(low, even, high));
+  _mm512_storeu_ps(values + 16, _mm512_permutex2var_ps(low, odd, high));
+}
+#endif
+
+inline Vec vec_clamp(Vec v, float bound) {  // the second operand is what a NaN gives
+  return _mm512_min_ps(vec_set(bound), _mm512_max_ps(vec_set(-bound), v));
+}
+
+inline Vec vec_scale(Vec p, Vec r) { return _mm512_scalef_ps(p, r); }
+
+// 1 / d for d in [1, 2^126): a division takes as long as six products
+inline Vec vec_inverse(Vec d) {
+  const Vec r = _mm512_rcp14_ps(d);
+  return r + r * (1.0f - d * r);
+}
+
+inline Vec vec_round(Vec t) { return _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT); }
+
+inline float vec_sum(Vec v) { return _mm512_reduce_add_ps(v); }
+
+#else
+
+constexpr int kWidth = 8;
+typedef float Vec __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t VecInt __attribute__((vector_size(32), aligned(4), may_alias));
+typedef uint32_t VecUint __attribute__((vector_size(32), aligned(4), may_alias));
+typedef uint16_t VecHalf __attribute__((vector_size(16), aligned(2), may_alias));
+
+inline Vec vec_set(float x) { return Vec{x, x, x, x, x, x, x, x}; }
+
+template <int D>
+inline Vec vec_load(const void* from, int64_t at, int n = kWidth) {
+  if (D == kFloat32) {
+    Vec v{};
+    std::memcpy(&v, static_cast<const float*>(from) + at, n * sizeof(float));
+    return v;
+  }
+  VecHalf h{};
+  std::memcpy(&h, static_cast<const uint16_t*>(from) + at, n * sizeof(uint16_t));
+  if (D == kBFloat16) return (Vec)(__builtin_convertvector(h, VecUint) << 16);
+  Vec v{};
+  for (int i = 0; i < kWidth; ++i) v[i] = fd_from_f16(h[i]);
+  return v;
+}
+
+template <int D>
+inline void vec_store(Vec v, void* to, int64_t at, int n = kWidth) {
+  if (D == kFloat32) {
+    std::memcpy(static_cast<float*>(to) + at, &v, n * sizeof(float));
+    return;
+  }
+  VecHalf h{};
+  if (D == kBFloat16) {
+    const VecUint u = (VecUint)v;
+    const VecUint up = u + 0x7fffu + ((u >> 16) & 1u);
+    const VecUint nan = (VecUint)(v != v);
+    h = __builtin_convertvector(((nan & (u | 0x400000u)) | (~nan & up)) >> 16, VecHalf);
+  } else {
+    for (int i = 0; i < kWidth; ++i) h[i] = fd_to_f16(v[i]);
+  }
+  std::memcpy(static_cast<uint16_t*>(to) + at, &h, n * sizeof(uint16_t));
+}
+
+inline Vec vec_inverse(Vec d) { return 1.0f / d; }
+
+inline Vec vec_round(Vec t) { return (t + 12582912.0f) - 12582912.0f; }  // 1.5 * 2^23
+
+// NaN passes through
+inline Vec vec_clamp(Vec v, float bound) {
+  const Vec low = v < -bound ? vec_set(-bound) : v;
+  return low > bound ? vec_set(bound) : low;
+}
+
+// 2^r p for an integral r in [-252, 252]
+inline Vec vec_scale(Vec p, Vec r) {
+  const VecInt all = __builtin_convertvector(r, VecInt), half = all >> 1;
+  return p * (Vec)((half + 127) << 23) * (Vec)((all - half + 127) << 23);
+}
+
+template <int K>
+inline void vec_silu_scaled(Vec (&ts)[K]) {
+ for (Vec& t : ts) {
+  const Vec kept = vec_clamp(t, 200.0f);
+  const Vec r = vec_round(kept), f = kept - r;
+  const Vec p = (((f * -0.013958856f - 0.08007986f) * f - 0.34656593f) * f - 0.9999997f) * f - 1.442695f;
+  t = t / (vec_scale(p, r) - 1.442695f);
+ }
+}
+
+inline float vec_sum(Vec v) {
+  float sum = 0.0f;
+  for (int i = 0; i < kWidth; ++i) sum += v[i];
+  return sum;
+}
+
+#endif
+
+// y / (1 + exp(-y)) to 3 ulp of float32.
+inline Vec vec_silu(Vec y) {
+  const Vec z = vec_clamp(y, 87.0f);  // beyond it the sigmoid is 0 or 1; NaN passes through
+  const Vec r = vec_round(z * -1.44269502f);
+  // -z log2(e) - r in two pieces: the product's rounding error grows with z
+  const Vec f = (z * -1.44269502f - r) + z * -1.925963033e-8f;
+  const Vec p = ((((f * 0.0013276472f + 0.009675541f) * f + 0.05550713f) * f + 0.2402212f) * f +
+                 0.69314694f) * f + 1.0f;
+  return y * vec_inverse(vec_scale(p, r) + 1.0f);
+}
+
+}  // namespace
+}  // namespace FD_ISA
+}  // namespace fd
