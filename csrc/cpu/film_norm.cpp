@@ -46,7 +46,7 @@ void coefficients(const FdFilmNormArgs& a, int64_t sample, int64_t begin, int64_
   }
   // a 16-bit result cannot tell x slope + (offset - mean slope) from (x - mean) slope + offset
   const float center = a.dtype == kFloat32 ? static_cast<float>(mean) : 0.0f;
-  const double unit = a.silu && a.dtype != kFloat32 ? kSiluScale : 1.0;
+  const double unit = a.silu ? kSiluScale : 1.0;
   for (int64_t c = begin; c < end; ++c) {
     double slope = rstd, offset = 0.0;
     if (a.weight) slope *= element(a.weight, a.weight_dtype, c);
@@ -70,12 +70,7 @@ inline void apply(const FdFilmNormArgs& a, int64_t at, int n, Vec center, Vec sl
   Vec v = vec_load<D>(a.x, at, n);
   if (D == kFloat32) v = v - center;
   v = v * slope + offset;
-  if (kSilu && D == kFloat32) v = vec_silu(v);
-  if (kSilu && D != kFloat32) {
-    Vec one[1] = {v};
-    vec_silu_scaled(one);
-    v = one[0];
-  }
+  if (kSilu) v = vec_silu_scaled<D != kFloat32>(v);
   if (kResidual) v = v + vec_load<D>(a.residual, at, n);
   vec_store<D>(v, a.out, at, n);
 }
@@ -108,7 +103,7 @@ inline void apply_columns(const uint16_t* x, const uint16_t* residual, uint16_t*
     Vec v[2 * K];
     for (int k = 0; k < K; ++k) load_pairs(x + i + 32 * k, v[2 * k], v[2 * k + 1]);
     for (int k = 0; k < 2 * K; ++k) v[k] = v[k] * slope[k] + offset[k];
-    if (kSilu) vec_silu_scaled(v);
+    for (int k = 0; kSilu && k < 2 * K; ++k) v[k] = vec_silu_scaled<true>(v[k]);
     for (int k = 0; k < K; ++k) {
       if (kResidual) {
         Vec even, odd;

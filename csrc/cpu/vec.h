@@ -17,9 +17,9 @@ namespace fd {
 namespace FD_ISA {
 namespace {
 
-// vec_silu_scaled(t) is y / (1 + exp(-y)) for t = -y log2(e), to what a result of 16 bits can hold:
-// who has y as x slope + offset has t as cheaply. With every constant of the exponential scaled
-// alike it is t / (-log2(e) (1 + 2^t)).
+// vec_silu_scaled(t) is y / (1 + exp(-y)) for t = -y log2(e): who has y as x slope + offset has t as
+// cheaply. With every constant of the exponential scaled alike it is t / (-log2(e) (1 + 2^t)). To
+// 3 ulp of float32 above y = -5, where the rounding of t itself begins to show; with kFast to 2^-13.
 constexpr double kSiluScale = -1.4426950408889634;
 
 #ifdef __AVX512F__
@@ -79,18 +79,19 @@ inline void vec_store(Vec v, void* to, int64_t at, int n = kWidth) {
     _mm256_mask_storeu_epi16(p, mask, half);
 }
 
-// Stage by stage over all of them: one after the other, each waits for its own latencies and the
-// scheduler fills with what cannot run yet (a quarter slower).
-template <int K>
-inline void vec_silu_scaled(Vec (&t)[K]) {
-  Vec f[K], p[K];
-  for (int k = 0; k < K; ++k) f[k] = _mm512_reduce_ps(t[k], _MM_FROUND_TO_NEG_INF);  // t - floor(t)
-  for (int k = 0; k < K; ++k) p[k] = f[k] * -0.11256559f - 0.32614598f;
-  for (int k = 0; k < K; ++k) p[k] = p[k] * f[k] - 1.0038756f;
-  for (int k = 0; k < K; ++k) p[k] = p[k] * f[k] - 1.4425871f;
-  for (int k = 0; k < K; ++k) p[k] = _mm512_scalef_ps(p[k], t[k]);
-  for (int k = 0; k < K; ++k) p[k] = _mm512_rcp14_ps(p[k] - 1.442695f);
-  for (int k = 0; k < K; ++k) t[k] = t[k] * p[k];
+template <bool kFast>
+inline Vec vec_silu_scaled(Vec t) {
+  const Vec f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF);  // t - floor(t)
+  if (kFast) {
+    const Vec p = ((f * -0.11256559f - 0.32614598f) * f - 1.0038756f) * f - 1.4425871f;
+    return t * _mm512_rcp14_ps(_mm512_scalef_ps(p, t) - 1.442695f);
+  }
+  const Vec p = ((((f * -0.0027087706f - 0.012968876f) * f - 0.08054035f) * f - 0.34646842f) * f -
+                 1.0000086f) * f - 1.4426949f;
+  // finite, since the step below would take 0 times infinity; NaN passes through
+  const Vec d = _mm512_max_ps(vec_set(-1e38f), _mm512_scalef_ps(p, t) - 1.442695f);
+  const Vec r = _mm512_rcp14_ps(d);  // a division takes as long as six products
+  return t * (r + r * (1.0f - d * r));
 }
 
 #ifdef __AVX512BF16__
@@ -119,20 +120,6 @@ inline void separate(float* values) {
   _mm512_storeu_ps(values + 16, _mm512_permutex2var_ps(low, odd, high));
 }
 #endif
-
-inline Vec vec_clamp(Vec v, float bound) {  // the second operand is what a NaN gives
-  return _mm512_min_ps(vec_set(bound), _mm512_max_ps(vec_set(-bound), v));
-}
-
-inline Vec vec_scale(Vec p, Vec r) { return _mm512_scalef_ps(p, r); }
-
-// 1 / d for d in [1, 2^126): a division takes as long as six products
-inline Vec vec_inverse(Vec d) {
-  const Vec r = _mm512_rcp14_ps(d);
-  return r + r * (1.0f - d * r);
-}
-
-inline Vec vec_round(Vec t) { return _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT); }
 
 inline float vec_sum(Vec v) { return _mm512_reduce_add_ps(v); }
 
@@ -179,10 +166,6 @@ inline void vec_store(Vec v, void* to, int64_t at, int n = kWidth) {
   std::memcpy(static_cast<uint16_t*>(to) + at, &h, n * sizeof(uint16_t));
 }
 
-inline Vec vec_inverse(Vec d) { return 1.0f / d; }
-
-inline Vec vec_round(Vec t) { return (t + 12582912.0f) - 12582912.0f; }  // 1.5 * 2^23
-
 // NaN passes through
 inline Vec vec_clamp(Vec v, float bound) {
   const Vec low = v < -bound ? vec_set(-bound) : v;
@@ -195,14 +178,13 @@ inline Vec vec_scale(Vec p, Vec r) {
   return p * (Vec)((half + 127) << 23) * (Vec)((all - half + 127) << 23);
 }
 
-template <int K>
-inline void vec_silu_scaled(Vec (&ts)[K]) {
- for (Vec& t : ts) {
+template <bool>
+inline Vec vec_silu_scaled(Vec t) {
   const Vec kept = vec_clamp(t, 200.0f);
-  const Vec r = vec_round(kept), f = kept - r;
-  const Vec p = (((f * -0.013958856f - 0.08007986f) * f - 0.34656593f) * f - 0.9999997f) * f - 1.442695f;
-  t = t / (vec_scale(p, r) - 1.442695f);
- }
+  const Vec r = (kept + 12582912.0f) - 12582912.0f, f = kept - r;  // 1.5 * 2^23 rounds
+  const Vec p = ((((f * -0.00191539f - 0.013958855f) * f - 0.08007986f) * f - 0.34656593f) * f -
+                 0.99999964f) * f - 1.4426951f;
+  return t / (vec_scale(p, r) - 1.442695f);
 }
 
 inline float vec_sum(Vec v) {
@@ -212,17 +194,6 @@ inline float vec_sum(Vec v) {
 }
 
 #endif
-
-// y / (1 + exp(-y)) to 3 ulp of float32.
-inline Vec vec_silu(Vec y) {
-  const Vec z = vec_clamp(y, 87.0f);  // beyond it the sigmoid is 0 or 1; NaN passes through
-  const Vec r = vec_round(z * -1.44269502f);
-  // -z log2(e) - r in two pieces: the product's rounding error grows with z
-  const Vec f = (z * -1.44269502f - r) + z * -1.925963033e-8f;
-  const Vec p = ((((f * 0.0013276472f + 0.009675541f) * f + 0.05550713f) * f + 0.2402212f) * f +
-                 0.69314694f) * f + 1.0f;
-  return y * vec_inverse(vec_scale(p, r) + 1.0f);
-}
 
 }  // namespace
 }  // namespace FD_ISA
