@@ -13,7 +13,7 @@ import torch
 
 import fastdiff
 from fastdiff import table
-from fastdiff.ops import OPS, _native
+from fastdiff.ops import COMPOSED, OPS, _native
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -24,8 +24,8 @@ PUBLIC = {
         "schedules", "solvers", "use_backend",
     ),
     "fastdiff.ops": (
-        "OPS", "Stream", "as_seeds", "describe", "explain", "randn", "reparameterize",
-        "reverse_step",
+        "COMPOSED", "OPS", "Stream", "as_seeds", "describe", "explain", "film", "film_conv2d",
+        "film_norm", "randn", "reparameterize", "reverse_step",
     ),
     "fastdiff.schedules": ("cosine", "edm", "flow", "from_betas", "linear", "scaled_linear",
                            "sigmoid"),
@@ -73,11 +73,18 @@ def test_every_op_has_its_file(tree: str) -> None:
     assert missing == []
 
 
+@pytest.mark.parametrize("tree", ("fastdiff/ops/{}.py", *ALSO))
+def test_every_composed_op_has_its_file(tree: str) -> None:
+    missing = [tree.format(op) for op in COMPOSED if not (ROOT / tree.format(op)).is_file()]
+    assert missing == []
+
+
 @pytest.mark.parametrize("tree", TREES)
 def test_no_file_without_an_op(tree: str) -> None:
     folder, suffix = (ROOT / tree).parent, (ROOT / tree).suffix
     found = {p.stem for p in folder.glob(f"*{suffix}") if not p.stem.startswith("_")}
-    assert found - set(OPS) - TREES[tree] == set()
+    composed = set(COMPOSED) if tree.startswith("fastdiff/ops/") else set()
+    assert found - set(OPS) - composed - TREES[tree] == set()
 
 
 def test_an_op_is_registered_under_its_own_name() -> None:

@@ -9,6 +9,7 @@ from fastdiff.ops import film_norm as _film_norm
 from fastdiff.ops import noise as _noise
 from fastdiff.ops import reparameterize as _reparameterize
 from fastdiff.ops import reverse_step as _reverse_step
+from fastdiff.ops.film_conv2d import film_conv2d
 from fastdiff.ops.film_norm import film, film_norm
 from fastdiff.ops.noise import Stream, as_seeds, randn
 from fastdiff.ops.reparameterize import reparameterize
@@ -18,6 +19,9 @@ from fastdiff.ops.reverse_step import reverse_step
 OPS: dict[str, Op] = {
     op.name: op for op in (_film_norm.OP, _noise.OP, _reparameterize.OP, _reverse_step.OP)
 }
+
+# Ops made of others and of a vendor's call, without kernels of their own.
+COMPOSED: tuple[str, ...] = ("film_conv2d",)
 
 _PREPARE: dict[str, Callable[..., Any]] = {
     "film_norm": _film_norm.prepare,
@@ -51,12 +55,14 @@ def explain(op: str, *args: Any, **kwargs: Any) -> None:
 
 
 __all__ = [
+    "COMPOSED",
     "OPS",
     "Stream",
     "as_seeds",
     "describe",
     "explain",
     "film",
+    "film_conv2d",
     "film_norm",
     "randn",
     "reparameterize",

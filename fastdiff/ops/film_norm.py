@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from fastdiff.backends import Implementation, Op, choose, forced
 from fastdiff.ops import _native
@@ -139,29 +140,46 @@ torch.library.register_autograd(
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
+class _Transformable(torch.autograd.Function):
+    """The same in the form that torch.func needs."""
+
+    forward = staticmethod(_forward)
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward)
+
+
 def _run(op: str, *inputs: Any) -> torch.Tensor:
     x, groups, weight, bias, scale, shift, act, residual, eps, _ = inputs
-    # what follows up to the checks costs 2 us; C++ takes what is plainly in order
+    tensors = (x, weight, bias, scale, shift, residual)
     if torch.compiler.is_compiling():
         check(op, x, groups, weight, bias, scale, shift, act, residual, eps)
         return torch.ops.fastdiff.film_norm.default(*inputs)  # type: ignore[no-any-return]
-    tensors = (x, weight, bias, scale, shift, residual)
-    wants_grad = torch.is_grad_enabled() and any(
-        isinstance(t, torch.Tensor) and t.requires_grad for t in tensors
+    # forward mode counts as wanted: the Functions refuse it, and no tangent is lost in silence
+    wants_grad = forward_ad._current_level >= 0 or (
+        torch.is_grad_enabled()
+        and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
     )
     traced = torch._C._len_torch_dispatch_stack() != 0
-    if _native.reads_tensors and not (wants_grad or traced) and forced() in ("auto", "cpu"):
+    if (
+        _native.reads_tensors
+        and not (wants_grad or traced)
+        and type(groups) is int
+        and (groups > 0 or op == "film")
+        and forced() in ("auto", "cpu")
+    ):
+        # the checks below cost more than a small image; C++ takes what is plainly in order
         done = _native.extension.film_norm(*inputs, None)
         if done is not None:
             return done  # type: ignore[no-any-return]
     check(op, x, groups, weight, bias, scale, shift, act, residual, eps)
     plain = all(t is None or type(t) in _PLAIN for t in tensors)
-    if traced or not plain or x.is_meta or torch._C._are_functorch_transforms_active():
+    if traced or not plain or x.is_meta:
         return torch.ops.fastdiff.film_norm.default(*inputs)  # type: ignore[no-any-return]
-    if wants_grad:
-        function: Any = _Function
-        return function.apply(*inputs)  # type: ignore[no-any-return]
-    return _forward(*inputs)
+    transformed = torch._C._are_functorch_transforms_active()
+    if not (wants_grad or transformed):
+        return _forward(*inputs)
+    function: Any = _Transformable if transformed else _Function
+    return function.apply(*inputs)  # type: ignore[no-any-return]
 
 
 # --- the ops --------------------------------------------------------------------------------
