@@ -34,9 +34,10 @@ bool takes_pairs(const FdFilmNormArgs& a) {
 }
 #endif
 
-// Channels [begin, end), which lie in one group; the moments are those of x - shift over the group.
-void coefficients(const FdFilmNormArgs& a, int64_t sample, int64_t begin, int64_t end, float shift,
-                  const Moments& moments, const Affine& out) {
+// Mean and deviation of channels [begin, end), which lie in one group, from the moments of x - shift
+// over it: `slope` gets 1 / deviation, `offset` what `center` leaves of the mean.
+void normalise(const FdFilmNormArgs& a, int64_t begin, int64_t end, float shift,
+               const Moments& moments, const Affine& out) {
   double mean = 0.0, rstd = 1.0;
   if (a.groups) {
     const double count = static_cast<double>(a.channels / a.groups * a.pixels);
@@ -46,22 +47,34 @@ void coefficients(const FdFilmNormArgs& a, int64_t sample, int64_t begin, int64_
   }
   // a 16-bit result cannot tell x slope + (offset - mean slope) from (x - mean) slope + offset
   const float center = a.dtype == kFloat32 ? static_cast<float>(mean) : 0.0f;
-  const double unit = a.silu ? kSiluScale : 1.0;
-  for (int64_t c = begin; c < end; ++c) {
-    double slope = rstd, offset = 0.0;
-    if (a.weight) slope *= element(a.weight, a.weight_dtype, c);
-    if (a.bias) offset = element(a.bias, a.weight_dtype, c);
-    offset -= (mean - center) * slope;
+  std::fill(out.center + begin, out.center + end, center);
+  std::fill(out.slope + begin, out.slope + end, static_cast<float>(rstd));
+  std::fill(out.offset + begin, out.offset + end, static_cast<float>(mean - center));
+}
+
+// Weight, bias and FiLM on top of that.
+void modulate(const FdFilmNormArgs& a, int64_t sample, int64_t begin, int64_t end,
+              const Affine& out) {
+  const float unit = a.silu ? static_cast<float>(kSiluScale) : 1.0f;
+  const auto row = [](const void* from, int dtype, int64_t at, int n, float absent) {
+    if (!from) return vec_set(absent);
+    if (dtype == kFloat32) return vec_load<kFloat32>(from, at, n);
+    return dtype == kBFloat16 ? vec_load<kBFloat16>(from, at, n) : vec_load<kFloat16>(from, at, n);
+  };
+  for (int64_t c = begin; c < end; c += kWidth) {
+    const int n = static_cast<int>(std::min<int64_t>(end - c, kWidth));
+    Vec slope = vec_load<kFloat32>(out.slope, c, n) * row(a.weight, a.weight_dtype, c, n, 1.0f);
+    Vec offset = row(a.bias, a.weight_dtype, c, n, 0.0f) -
+                 vec_load<kFloat32>(out.offset, c, n) * slope;
     if (a.scale) {
-      const double scale = element(a.scale, a.film_dtype, sample * a.scale_stride + c);
-      const double factor = a.plus_one ? 1.0 + scale : scale;
-      slope *= factor;
-      offset *= factor;
+      const Vec scale = row(a.scale, a.film_dtype, sample * a.scale_stride + c, n, 0.0f);
+      const Vec factor = a.plus_one ? scale + 1.0f : scale;
+      slope = slope * factor;
+      offset = offset * factor;
     }
-    if (a.shift) offset += element(a.shift, a.film_dtype, sample * a.shift_stride + c);
-    out.center[c] = center;
-    out.slope[c] = static_cast<float>(slope * unit);
-    out.offset[c] = static_cast<float>(offset * unit);
+    offset = offset + row(a.shift, a.film_dtype, sample * a.shift_stride + c, n, 0.0f);
+    vec_store<kFloat32>(slope * unit, out.slope, c, n);
+    vec_store<kFloat32>(offset * unit, out.offset, c, n);
   }
 }
 
@@ -215,8 +228,9 @@ void finish(const FdFilmNormArgs& a, int64_t sample, int64_t parts, const float*
       moments.sum += total[i];
       moments.square += total[lanes + i];
     }
-    coefficients(a, sample, g * a_group, (g + 1) * a_group, shift[g * a_group], moments, by);
+    normalise(a, g * a_group, (g + 1) * a_group, shift[g * a_group], moments, by);
   }
+  modulate(a, sample, 0, a.channels, by);
   arrange(a, by);
 }
 
@@ -283,7 +297,8 @@ void channels_fastest(const FdFilmNormArgs& a, Pixels apply) {
       finish(a, sample, parts.count, arrays.shift, arrays.affine,
              [&](int64_t part) { return part_of(sample * parts.count + part); });
     } else {
-      coefficients(a, sample, 0, channels, 0.0f, {}, arrays.affine);
+      normalise(a, 0, channels, 0.0f, {}, arrays.affine);
+      modulate(a, sample, 0, channels, arrays.affine);
       arrange(a, arrays.affine);
     }
   }
@@ -308,7 +323,8 @@ void pixels_fastest(const FdFilmNormArgs& a, Channel apply) {
                    const float shift = a.groups ? middle_of_run(a, at, count) : 0.0f;
                    const Moments moments =
                        a.groups ? group_sums(a, at, count, shift) : Moments{0.0, 0.0};
-                   coefficients(a, sample, first, first + a_group, shift, moments, arrays.affine);
+                   normalise(a, first, first + a_group, shift, moments, arrays.affine);
+                   modulate(a, sample, first, first + a_group, arrays.affine);
                    for (int64_t c = first; c < first + a_group; ++c)
                      apply(a, sample, c, arrays.affine);
                  }
