@@ -20,6 +20,7 @@ static ucontext_t scheduler;
 static std::vector<ucontext_t> fibers;
 static std::vector<bool> done;
 static unsigned int running;
+static unsigned char* dynamic;  // shared memory whose size the launch gives
 
 static void select(unsigned int t) {
   running = t;
@@ -58,9 +59,12 @@ void (*Block<A...>::kernel)(A...);
 template <class... A>
 const uint64_t* Block<A...>::words;
 
-// geometry: grid x, grid y, block x, block y; words: one a parameter, its bits from the low end
+constexpr size_t kGuard = 4096;  // bytes after the dynamic shared memory, which must stay as they are
+
+// geometry: grid x, grid y, block x, block y, bytes of dynamic shared memory; words: one a parameter,
+// its bits from the low end. Gives the number of blocks that wrote beyond their shared memory.
 template <class... A>
-void launch(void (*kernel)(A...), const uint64_t* geometry, const uint64_t* words) {
+uint64_t launch(void (*kernel)(A...), const uint64_t* geometry, const uint64_t* words) {
   gridDim = {unsigned(geometry[0]), unsigned(geometry[1])};
   blockDim = {unsigned(geometry[2]), unsigned(geometry[3])};
   Block<A...>::kernel = kernel;
@@ -70,9 +74,15 @@ void launch(void (*kernel)(A...), const uint64_t* geometry, const uint64_t* word
   static std::vector<char> stacks;
   stacks.resize(threads * stack);
   fibers.resize(threads);
+  const size_t shared = geometry[4];
+  std::vector<unsigned char> memory(shared + kGuard + 16);
+  dynamic = memory.data() + (16 - reinterpret_cast<uintptr_t>(memory.data()) % 16) % 16;
+  const std::vector<unsigned char> untouched(kGuard, 0xff);
+  uint64_t beyond = 0;
   for (unsigned int y = 0; y < gridDim.y; ++y) {
     for (unsigned int x = 0; x < gridDim.x; ++x) {
       blockIdx = {x, y};
+      std::memset(dynamic, 0xff, shared + kGuard);  // NaN, as what another block left may be
       done.assign(threads, false);
       for (unsigned int t = 0; t < threads; ++t) {
         getcontext(&fibers[t]);
@@ -90,8 +100,10 @@ void launch(void (*kernel)(A...), const uint64_t* geometry, const uint64_t* word
           left = left || !done[t];
         }
       }
+      beyond += std::memcmp(dynamic + shared, untouched.data(), kGuard) != 0;
     }
   }
+  return beyond;
 }
 
 }  // namespace fd_host
@@ -100,7 +112,8 @@ void launch(void (*kernel)(A...), const uint64_t* geometry, const uint64_t* word
 #define __shared__ static
 #define __launch_bounds__(...)
 #define __syncthreads() fd_host::sync()
-#define FD_EXPORT(kernel)                                                            \
-  extern "C" void host_##kernel(const uint64_t* geometry, const uint64_t* words) {   \
-    fd_host::launch(kernel, geometry, words);                                        \
+#define FD_DYNAMIC_SHARED(name) unsigned char* const name = fd_host::dynamic
+#define FD_EXPORT(kernel)                                                              \
+  extern "C" uint64_t host_##kernel(const uint64_t* geometry, const uint64_t* words) { \
+    return fd_host::launch(kernel, geometry, words);                                   \
   }

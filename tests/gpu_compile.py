@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import film_cases
 import torch
 
 from fastdiff.table import Row, StepTable
@@ -125,6 +126,8 @@ CASES: dict[str, tuple[str, Callable[[], Any]]] = {
     "reparameterize backward f32": ("reparameterize_backward", lambda: _vae_backward(F32)),
     "reparameterize backward bf16": ("reparameterize_backward", lambda: _vae_backward(BF16)),
 }
+EXACT = tuple(CASES)  # what is promised as bits: no contraction, no approximation
+CASES |= {f"film_norm {name}": ("film_norm", make) for name, make in film_cases.COMPILED.items()}
 # cases with a bfloat16 tensor among their outputs
 STORES_BF16 = {
     "noise bf16",
@@ -147,10 +150,13 @@ class Compiled(NamedTuple):
     shared: int  # bytes
     instructions: int | None  # None where not counted, or no disassembler reads the file
     ptx: str
+    cubin: bytes
 
     def row(self) -> dict[str, Any]:
         """As it stands in the table."""
-        return {name: value for name, value in self._asdict().items() if name != "ptx"}
+        return {
+            name: value for name, value in self._asdict().items() if name not in ("ptx", "cubin")
+        }
 
     def listed(self, rows: list[dict[str, Any]]) -> bool:
         """Whether the table has it so; instructions are counted for the table alone."""
@@ -170,13 +176,18 @@ def _cuobjdump(cubin: bytes, flag: str) -> str:
         return subprocess.run([tool, flag, file.name], capture_output=True, text=True).stdout
 
 
-def instructions(cubin: bytes, kernel: str) -> int | None:
-    """Static SASS instructions of one kernel without the padding: slow paths count too."""
+def sass(cubin: bytes, kernel: str) -> list[tuple[int, str]]:
+    """Address and text of the instructions of one kernel, without the padding; none if unread."""
     for part in _cuobjdump(cubin, "-sass").split("Function : ")[1:]:
         if part.split()[0] == kernel:
-            lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*);", part, re.MULTILINE)
-            return sum("NOP" not in line for line in lines)
-    return None
+            lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*);", part, re.MULTILINE)
+            return [(int(at, 16), text) for at, text in lines if "NOP" not in text]
+    return []
+
+
+def instructions(cubin: bytes, kernel: str) -> int | None:
+    """Static SASS instructions of one kernel: slow paths count too."""
+    return len(sass(cubin, kernel)) or None
 
 
 # --- Triton ---------------------------------------------------------------------------------
@@ -193,6 +204,7 @@ _MODULES = {
     "reverse_step": "reverse_step",
     "reparameterize": "reparameterize",
     "reparameterize_backward": "reparameterize",
+    "film_norm": "film_norm",
 }
 Launched = tuple[Any, tuple[Any, ...], dict[str, Any]]  # kernel, arguments, keywords
 
@@ -269,18 +281,20 @@ def compile_triton(case: str, arch: str, *, count: bool = False) -> list[Compile
         local = int(usage["STACK"]) + int(usage["LOCAL"])
         lines = instructions(cubin, name) if count else None
         numbers = (int(usage["REG"]), local, compiled.metadata.shared, lines)
-        found.append(Compiled(case, name, arch, *numbers, compiled.asm["ptx"]))
+        found.append(Compiled(case, name, arch, *numbers, compiled.asm["ptx"], cubin))
     return found
 
 
 # --- CUDA C++ -------------------------------------------------------------------------------
 
 
-def launches(case: str) -> list[Any]:
+def launches(case: str, arch: str = "sm_90a") -> list[Any]:
     """The CUDA launches of a case."""
-    from fastdiff.ops import _launches
+    from fastdiff.ops import _film_launches, _launches
 
     op, make = CASES[case]
+    if op == "film_norm":
+        return _film_launches.film_norm(make(), film_cases.CHIPS[arch])[0]
     made = getattr(_launches, op)(make(), 4096)
     return made[0] if isinstance(made, tuple) else made
 
@@ -329,14 +343,14 @@ def compile_cuda(case: str, arch: str, *, count: bool = False) -> list[Compiled]
     from fastdiff.ops import _cuda
 
     found = []
-    for launch in launches(case):
+    for launch in launches(case, arch):
         source, macros = launch.source, launch.macros
         log = io.StringIO()
         cubin = _cuda.compile_source(source, macros, arch, log=log, ptxas_options=["-v"])
         ptx = _ptx(source, macros, arch)
         usage = _usage(log.getvalue(), launch.kernel)
         lines = instructions(cubin, launch.kernel) if count else None
-        found.append(Compiled(case, launch.kernel, arch, *usage, lines, ptx))
+        found.append(Compiled(case, launch.kernel, arch, *usage, lines, ptx, cubin))
     return found
 
 

@@ -16,6 +16,12 @@ COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 KERNELS = {
     "noise.cu": ("noise",),
     "reverse_step.cu": ("reverse_step",),
+    "film_norm.cu": (
+        "film_norm_resident",
+        "film_norm_statistics",
+        "film_norm_merge",
+        "film_norm_apply",
+    ),
     "reparameterize.cu": ("reparameterize", "reparameterize_sum", "reparameterize_backward"),
 }
 
@@ -54,6 +60,8 @@ class Host:
                 struct.pack("<fi", a, 0) if isinstance(a, float) else struct.pack("<q", a)
                 for a in launch.args
             )
-            geometry = struct.pack("<4Q", *launch.grid, *launch.block)
+            assert launch.cluster == 1, "blocks run one after the other here"
+            geometry = struct.pack("<5Q", *launch.grid, *launch.block, launch.shared)
             kernel = getattr(self._library(launch), f"host_{launch.kernel}")
-            kernel(geometry, words)
+            beyond = kernel(geometry, words)
+            assert beyond == 0, f"{launch.kernel}: {beyond} blocks wrote beyond their shared memory"

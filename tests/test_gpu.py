@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import film_cases
 import numpy as np
 import pytest
 import torch
@@ -183,6 +184,87 @@ def test_reparameterize(backend: str, dtype: torch.dtype, n: int) -> None:
     _, exact = exact_reparameterize(mu.double(), logvar.double(), torch.zeros(3, n).double())
     # positive terms, added in float32 in a tree or in runs of 16
     assert_within_budget(results[backend][1].cpu(), results["reference"][1], exact, ulps=16)
+
+
+def _film_kernel(backend: str) -> Callable[[Any], None]:
+    return film_cases.film_op.OP.backends[backend].load()
+
+
+def _same_twice(kernel: Callable[[Any], None], call: Any) -> None:
+    first = call.out.clone()
+    call.out.fill_(float("nan"))
+    kernel(call)
+    assert_same_bits(call.out, first, "a second run")
+
+
+@pytest.mark.parametrize("name", (*film_cases.CASES, *film_cases.CHUNKS))
+def test_film_norm(backend: str, name: str) -> None:
+    case = (film_cases.CASES | film_cases.CHUNKS)[name]
+    call = film_cases.on_device(film_cases.make(case))
+    kernel = _film_kernel(backend)
+    kernel(call)
+    film_cases.check(call, case.mean)
+    _same_twice(kernel, call)
+
+
+def test_film_norm_at_the_ends_of_a_type(backend: str) -> None:
+    kernel = _film_kernel(backend)
+    call = film_cases.on_device(film_cases.not_finite())
+    kernel(call)
+    film_cases.check_not_finite(call)
+    for dtype in (F32, BF16, F16):
+        call = film_cases.on_device(film_cases.silu_at_its_ends(dtype))
+        kernel(call)
+        film_cases.check(call)
+    for fmt in (PLAIN, LAST):
+        call = film_cases.on_device(film_cases.outlier(fmt))
+        kernel(call)
+        film_cases.check(call)
+
+
+# alone in shared memory, in a cluster of two and of four, and in two reads; by groups and by pixels
+FILM_SHAPES = {
+    "640 bf16 channels_last": film_cases.Case((4, 640, 32, 32), 32, LAST, BF16, BF16, BF16),
+    "320 bf16 channels_last": film_cases.Case((4, 320, 64, 64), 32, LAST, BF16, BF16, BF16),
+    "320 bf16 channels_last, one sample": film_cases.Case((1, 320, 64, 64), 32, LAST, BF16),
+    "320 f32 channels_last": film_cases.Case((2, 320, 64, 64), 32, LAST, mean=1000.0),
+    "320 bf16": film_cases.Case((4, 320, 64, 64), 32, PLAIN, BF16, BF16, BF16),
+    "320 f32, one sample": film_cases.Case((1, 320, 64, 64), 32, PLAIN, mean=1000.0),
+    "128 bf16 channels_last, two reads": film_cases.Case((1, 128, 256, 256), 32, LAST, BF16),
+    "128 f32, two reads": film_cases.Case((1, 128, 256, 256), 4, PLAIN),
+    "odd, two reads": film_cases.Case((1, 66, 251, 241), 6, LAST, F16),
+}
+
+
+@pytest.mark.parametrize("name", FILM_SHAPES)
+def test_film_norm_of_real_shapes(backend: str, name: str) -> None:
+    call = film_cases.on_device(film_cases.make(FILM_SHAPES[name]))
+    kernel = _film_kernel(backend)
+    kernel(call)
+    film_cases.check(call, FILM_SHAPES[name].mean)
+    _same_twice(kernel, call)
+
+
+def test_film_norm_of_more_than_2_31_elements(backend: str) -> None:
+    pixels = 2**25 + 2**12
+    shape = (1, 64, 2**12, pixels // 2**12)
+    if torch.cuda.mem_get_info()[0] < 8 * 64 * pixels:
+        pytest.skip("the device has not enough memory free")
+    for fmt in (LAST, PLAIN):
+        x = torch.zeros(shape, dtype=BF16, device="cuda").contiguous(memory_format=fmt)
+        x[0, :, -1] = torch.arange(64.0, device="cuda")[:, None].to(BF16)
+        call = film_cases.film_op.prepare(x, 2)
+        _film_kernel(backend)(call)
+        # of a group, the last row alone is not zero: mean and variance follow from its numbers
+        row = torch.arange(64.0, dtype=torch.float64).view(2, 32)
+        mean = row.mean(1) / shape[2]
+        rstd = ((row**2).mean(1) / shape[2] - mean**2 + 1e-5).rsqrt()
+        for at, values in ((-1, row), (0, 0 * row)):
+            exact = ((values - mean[:, None]) * rstd[:, None]).flatten()
+            same = exact.to(BF16)
+            got = call.out[0, :, at, -1].cpu()
+            # float32 inside, so the rounding to bfloat16 decides: half a ulp, or the next number
+            assert_within_budget(got, same, exact, ulps=1)
 
 
 def test_step_in_a_graph(backend: str) -> None:

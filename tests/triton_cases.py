@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import film_cases
 import numpy as np
 import torch
 import triton
@@ -23,6 +24,7 @@ import triton.language as tl
 from bits import assert_same_bits
 from budget import assert_within_budget
 from fastdiff.kernels import _common
+from fastdiff.kernels import film_norm as film_module
 from fastdiff.kernels import noise as noise_module
 from fastdiff.kernels import reparameterize as vae_module
 from fastdiff.kernels import reverse_step as step_module
@@ -31,6 +33,7 @@ from tables import Inputs, random_inputs, random_table, walk
 import fastdiff
 from fastdiff import randn, use_backend
 from fastdiff.ops import as_seeds, reparameterize, reverse_step
+from fastdiff.ops._film_checks import FilmNorm
 from fastdiff.reference.noise import normals
 from fastdiff.reference.reparameterize import reparameterize as exact_reparameterize
 from fastdiff.table import Row, StepTable
@@ -305,6 +308,66 @@ def reparameterize_many_tiles() -> None:
         _vae((1000,), F32)
     with small_tiles(128, wide=True):
         _vae((300,), F32)
+
+
+# --- group normalisation and FiLM -------------------------------------------------------------
+
+
+def _film(calls: dict[str, FilmNorm]) -> None:
+    given = film_cases.CASES | film_cases.CHUNKS
+    for name, call in calls.items():
+        film_module.film_norm(call)
+        try:
+            film_cases.check(call, given[name].mean if name in given else 0.0)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+
+
+@case
+def film_norm_shapes() -> None:
+    _film({name: film_cases.make(c) for name, c in film_cases.CASES.items()})
+
+
+@case
+def film_norm_many_tiles() -> None:
+    # two tiles a program or more a program, where there are more than 8 programs
+    block, programs = film_module._BLOCK, film_module._PROGRAMS
+    film_module._BLOCK, film_module._PROGRAMS = 512, 8
+    try:
+        _film({name: film_cases.make(c) for name, c in film_cases.CHUNKS.items()})
+        _film({str(fmt): film_cases.outlier(fmt) for fmt in (LAST, PLAIN)})
+        call = film_cases.make(film_cases.CHUNKS["contiguous"])
+        outs = []
+        for _ in range(2):
+            film_module.film_norm(call)
+            outs.append(call.out.clone())
+        assert_same_bits(*outs, "a second run")
+        make = film_module.plan
+        film_module.plan = lambda *given: make(*given)._replace(WIDE=True)
+        try:
+            _film({name: film_cases.make(c) for name, c in film_cases.CHUNKS.items()})
+        finally:
+            film_module.plan = make
+    finally:
+        film_module._BLOCK, film_module._PROGRAMS = block, programs
+
+
+@case
+def film_norm_not_finite() -> None:
+    call = film_cases.not_finite()
+    film_module.film_norm(call)
+    film_cases.check_not_finite(call)
+    _film({str(dtype): film_cases.silu_at_its_ends(dtype) for dtype in (F32, BF16, F16)})
+
+
+@case
+def film_norm_through_the_op() -> None:
+    given = film_cases.make(film_cases.CASES["packs across groups"])
+    with use_backend("triton"):
+        got = film_cases.film_op.film_norm(*given[:9])
+        empty = film_cases.film_op.film_norm(given.x[:0], 8)
+    film_cases.check(given._replace(out=got))
+    assert got.is_contiguous(memory_format=LAST) and empty.shape == (0, 80, 6, 6)
 
 
 def main() -> None:

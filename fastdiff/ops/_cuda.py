@@ -19,7 +19,9 @@ from typing import Any
 
 import torch
 
-from fastdiff.ops import _launches
+from fastdiff.ops import _film_launches, _launches
+from fastdiff.ops._film_checks import FilmNorm
+from fastdiff.ops._film_launches import Chip
 from fastdiff.ops._launches import Launch, Macros
 from fastdiff.ops._step_checks import Step
 from fastdiff.ops.noise import Draw
@@ -93,11 +95,14 @@ def _write(path: Path, cubin: bytes) -> None:
 
 
 def options(macros: Macros, arch: str, **more: Any) -> dict[str, Any]:
-    """Arguments of ``cuda.core.ProgramOptions``: what equal bits need, and the macros."""
+    """Arguments of ``cuda.core.ProgramOptions``: what equal bits need, and the macros.
+
+    A source that promises no bits has the macro FD_CONTRACT, and mul and add may become fma.
+    """
     return {
         "arch": arch,
         "std": "c++17",
-        "fma": False,
+        "fma": ("FD_CONTRACT", 1) in macros,
         "ftz": False,
         "prec_sqrt": True,
         "prec_div": True,
@@ -158,6 +163,20 @@ def cubin(source: str, macros: Macros, arch: str, *, fresh: bool = False) -> byt
 # --- launching ------------------------------------------------------------------------------
 
 
+def _allow_shared(kernel: Any, shared: int, device: int) -> None:
+    """Lets the launches of a kernel ask for all the shared memory that the device has for a block;
+    without it they may have 48 KiB."""
+    from cuda.bindings import driver
+
+    attribute = driver.CUfunction_attribute
+    handle, place = driver.CUkernel(int(kernel.handle)), driver.CUdevice(device)
+    fixed = kernel.attributes.shared_size_bytes  # what the source declares counts too
+    name = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    (error,) = driver.cuKernelSetAttribute(name, shared - fixed, handle, place)
+    if error != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"cuda: {shared - fixed} bytes of shared memory refused: {error.name}")
+
+
 class _Device:
     """One CUDA device: its architecture, and the kernels loaded so far."""
 
@@ -168,6 +187,11 @@ class _Device:
         properties = torch.cuda.get_device_properties(index)
         self.arch = f"sm_{properties.major}{properties.minor}"
         self.blocks = properties.multi_processor_count * _WAVES
+        self.chip = Chip(
+            properties.multi_processor_count,
+            self._device.properties.max_shared_memory_per_block_optin,
+            properties.major >= 9,
+        )
         self._kernels: dict[tuple[str, str, Macros], tuple[Any, Any]] = {}
         self._streams: dict[int, Any] = {}
 
@@ -177,7 +201,10 @@ class _Device:
         def load(fresh: bool) -> tuple[Any, Any]:
             code = cubin(launch.source, launch.macros, self.arch, fresh=fresh)
             module = ObjectCode.from_cubin(code, name=launch.source)
-            return module, module.get_kernel(launch.kernel)  # the module must outlive its kernel
+            kernel = module.get_kernel(launch.kernel)
+            if launch.shared:
+                _allow_shared(kernel, self.chip.shared, self._device.device_id)
+            return module, kernel  # the module must outlive its kernel
 
         try:
             return load(fresh=False)
@@ -200,7 +227,12 @@ class _Device:
             found = self._kernels.get(key)
             if found is None:
                 found = self._kernels[key] = self._load(launch)
-            config = LaunchConfig(grid=launch.grid, block=launch.block)
+            # with a cluster, cuda.core counts the grid in clusters
+            grid = (launch.grid[0] // launch.cluster, launch.grid[1])
+            cluster = (launch.cluster, 1) if launch.cluster > 1 else None
+            config = LaunchConfig(
+                grid=grid, cluster=cluster, block=launch.block, shmem_size=launch.shared
+            )
             # an int goes as 64 bits, which is what every integer and pointer parameter is
             args = [ctypes.c_float(a) if isinstance(a, float) else a for a in launch.args]
             cuda_launch(stream, config, found[1], *args)
@@ -255,3 +287,15 @@ def reparameterize_backward(call: ReparameterizeBackward) -> None:
     with torch.cuda.device(call.mu.device):
         device = _device(call.mu)
         device.run(_launches.reparameterize_backward(call, device.blocks))
+
+
+def film_norm(call: FilmNorm) -> None:
+    """Fill ``call.out``."""
+    if call.x.numel() == 0:
+        return
+    with torch.cuda.device(call.x.device):
+        device = _device(call.x)
+        # `memory` goes back to torch's allocator, which reuses it in the order of the stream
+        launches, memory = _film_launches.film_norm(call, device.chip)
+        device.run(launches)
+        del memory

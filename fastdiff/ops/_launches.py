@@ -31,6 +31,8 @@ class Launch(NamedTuple):
         kernel: its entry point.
         macros: what the source is compiled with.
         args: int for a 64-bit integer or an address, float for a float32.
+        shared: bytes of dynamic shared memory of a block.
+        cluster: consecutive blocks that read each other's shared memory; divides the grid.
     """
 
     source: str
@@ -39,6 +41,8 @@ class Launch(NamedTuple):
     grid: tuple[int, int]
     block: tuple[int, int]
     args: tuple[int | float, ...]
+    shared: int = 0
+    cluster: int = 1
 
 
 def _power_of_two(n: int) -> int:
