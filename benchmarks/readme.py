@@ -71,6 +71,16 @@ def _provenance(row: dict[str, Any]) -> str:
     )
 
 
+BENCHMARKS = (
+    "reverse_step.json",
+    "noise.json",
+    "reparameterize.json",
+    "film_norm.json",
+    "film_conv2d.json",
+    "modulate.json",
+    "unet.json",
+)
+
 # rows of the results that are no peers: the roofline, and our own other form
 _NO_PEERS = ("copy", "fastdiff, allocating")
 
@@ -78,7 +88,7 @@ _NO_PEERS = ("copy", "fastdiff, allocating")
 def benchmark_table() -> str:
     """Ratios of a peer's time to ours on two threads, from benchmarks/results."""
     parts = []
-    for name in ("reverse_step.json", "noise.json", "reparameterize.json"):
+    for name in BENCHMARKS:
         found = _load(name)
         rows = [
             [
@@ -100,8 +110,8 @@ def benchmark_table() -> str:
     if not parts:
         return ""
     note = (
-        "Two threads, float32, medians of rounds in which all functions of a row are called in "
-        "turn in one process. More columns, the roofline and one thread: "
+        "Two threads, float32 unless a row says otherwise, medians of rounds in which all "
+        "functions of a row are called in turn in one process. More columns, the roofline and one thread: "
         "`python -m benchmarks.report benchmarks/results/*.json`."
     )
     return "\n\n".join([note, *parts])
