@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "modulate_call.h"
 #include "quick_step.h"
 
 namespace nb = nanobind;
@@ -110,11 +111,12 @@ void reverse_step(Address x, Address output, Address uncond, Address variance,
 fd::TensorClass tensors;
 PyObject* empty_like = nullptr;
 
-// Hands over torch.Tensor and torch.empty_like; false: this torch offers no exchange table.
-bool use_torch(nb::handle tensor_class, nb::handle like) {
+// Hands over torch.Tensor, torch.nn.Parameter and torch.empty_like; false: this torch offers no
+// exchange table.
+bool use_torch(nb::handle tensor_class, nb::handle parameter_class, nb::handle like) {
   Py_XDECREF(empty_like);
   empty_like = nb::borrow(like).release().ptr();
-  return tensors.find(tensor_class);
+  return tensors.find(tensor_class, parameter_class);
 }
 
 // x' where every argument is plainly in order, None where the caller has to look closer.
@@ -137,6 +139,24 @@ nb::object quick_step(nb::handle x, nb::handle output, nb::handle uncond, nb::ha
     active->reverse_step(args);
   }
   return out;
+}
+
+// The results that are wanted in a tuple, or None where the caller has to look closer.
+nb::object modulate(nb::handle x, nb::handle scale, nb::handle shift, nb::handle norm,
+                    nb::handle weight, nb::handle bias, nb::handle residual, nb::handle gate,
+                    nb::handle eps, bool modulated, nb::object out, nb::object total) {
+  FdModulateArgs args{};
+  fd::ModulateCall call(tensors, {x, scale, shift, norm, weight, bias, residual, gate, eps});
+  if (!call.check(modulated, args)) return nb::none();
+  if (modulated && out.is_none()) out = nb::handle(empty_like)(x);
+  if (args.residual && total.is_none()) total = nb::handle(empty_like)(x);
+  if (!call.check_results(out, total, args)) return nb::none();
+  {
+    nb::gil_scoped_release release;
+    active->modulate(args);
+  }
+  if (!modulated) return nb::make_tuple(total);
+  return args.residual ? nb::make_tuple(out, total) : nb::make_tuple(out);
 }
 
 void reparameterize(Address mu, Address logvar, int in_dtype, Address seeds, uint32_t step,
@@ -173,6 +193,11 @@ NB_MODULE(_cpu, m) {
         nb::arg("history").none(), nb::arg("seeds").none(), nb::arg("guidance").none(),
         nb::arg("clip").none(), nb::arg("out").none(), nb::arg("model_input").none(),
         nb::arg("row_floats"), nb::arg("row_ints"), nb::arg("row"), nb::arg("needs"));
+  m.def("modulate", &modulate, nb::arg("x").none(), nb::arg("scale").none(),
+        nb::arg("shift").none(), nb::arg("norm").none(), nb::arg("weight").none(),
+        nb::arg("bias").none(), nb::arg("residual").none(), nb::arg("gate").none(),
+        nb::arg("eps").none(), nb::arg("modulated"), nb::arg("out").none(),
+        nb::arg("total").none());
   m.def("reparameterize", &reparameterize);
   m.def("reparameterize_backward", &reparameterize_backward);
 }

@@ -35,7 +35,8 @@ struct DlExchangeApi {
 // The class torch.Tensor with its exchange table; empty until `find` has found one.
 class TensorClass {
  public:
-  bool find(nanobind::handle type) {
+  // A parameter is a tensor in all that a kernel reads: its class inherits the table.
+  bool find(nanobind::handle type, nanobind::handle parameter) {
     api_ = nullptr;
     const nanobind::object capsule =
         nanobind::getattr(type, "__dlpack_c_exchange_api__", nanobind::none());
@@ -44,20 +45,22 @@ class TensorClass {
         PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
     if (api->major != 1 || !api->borrow) return false;
     type_ = type.ptr();
+    parameter_ = parameter.ptr();
     api_ = api;
     return true;
   }
 
   // Fills `out` if the object is a plain tensor that DLPack can describe; sets no Python error.
   bool borrow(nanobind::handle object, DlTensor* out) const {
-    if (!api_ || reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) != type_) return false;
+    const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()));
+    if (!api_ || (type != type_ && type != parameter_)) return false;
     if (api_->borrow(object.ptr(), out) == 0) return true;
     PyErr_Clear();
     return false;
   }
 
  private:
-  PyObject* type_ = nullptr;  // torch keeps its class alive
+  PyObject *type_ = nullptr, *parameter_ = nullptr;  // torch keeps its classes alive
   const DlExchangeApi* api_ = nullptr;
 };
 

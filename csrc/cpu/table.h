@@ -10,6 +10,7 @@ void noise(const FdNoiseArgs&);
 void reverse_step(const FdStepArgs&);
 void reparameterize(const FdReparameterizeArgs&);
 void reparameterize_backward(const FdReparameterizeBackwardArgs&);
+void modulate(const FdModulateArgs&);
 
 }  // namespace FD_ISA
 }  // namespace fd

@@ -5,17 +5,22 @@ from typing import Any
 
 from fastdiff import backends
 from fastdiff.backends import Op
+from fastdiff.ops import modulate as _modulate
 from fastdiff.ops import noise as _noise
 from fastdiff.ops import reparameterize as _reparameterize
 from fastdiff.ops import reverse_step as _reverse_step
+from fastdiff.ops.modulate import gated_residual, modulate
 from fastdiff.ops.noise import Stream, as_seeds, randn
 from fastdiff.ops.reparameterize import reparameterize
 from fastdiff.ops.reverse_step import reverse_step
 
 # Every op by name; a test walks it and fails where a folder lacks a listed file.
-OPS: dict[str, Op] = {op.name: op for op in (_noise.OP, _reparameterize.OP, _reverse_step.OP)}
+OPS: dict[str, Op] = {
+    op.name: op for op in (_modulate.OP, _noise.OP, _reparameterize.OP, _reverse_step.OP)
+}
 
 _PREPARE: dict[str, Callable[..., Any]] = {
+    "modulate": _modulate.prepare,
     "noise": _noise.prepare,
     "reparameterize": _reparameterize.prepare,
     "reverse_step": _reverse_step.prepare,
@@ -51,6 +56,8 @@ __all__ = [
     "as_seeds",
     "describe",
     "explain",
+    "gated_residual",
+    "modulate",
     "randn",
     "reparameterize",
     "reverse_step",

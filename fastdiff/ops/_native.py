@@ -23,7 +23,9 @@ else:
         extension.set_isa(os.environ["FASTDIFF_CPU_ISA"])
 
 # Whether C++ can read tensors itself (DLPack's exchange table, in every torch that we support).
-reads_tensors = extension is not None and extension.use_torch(torch.Tensor, torch.empty_like)
+reads_tensors = extension is not None and extension.use_torch(
+    torch.Tensor, torch.nn.Parameter, torch.empty_like
+)
 
 # Equal to FdDtype in csrc/half.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
