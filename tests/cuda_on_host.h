@@ -31,6 +31,17 @@ static void sync() {
   swapcontext(&fibers[me], &scheduler);
 }
 
+// The value of another thread of the warp; every thread of the block must come here.
+static float exchange(float value, unsigned int lane) {
+  static std::vector<float> values;
+  values.resize(fibers.size());
+  values[running] = value;
+  sync();
+  const float other = values[running ^ lane];
+  sync();
+  return other;
+}
+
 template <class T>
 T from_word(uint64_t word) {
   T value;
@@ -100,6 +111,7 @@ void launch(void (*kernel)(A...), const uint64_t* geometry, const uint64_t* word
 #define __shared__ static
 #define __launch_bounds__(...)
 #define __syncthreads() fd_host::sync()
+#define __shfl_xor_sync(mask, value, lane) fd_host::exchange(value, lane)
 #define FD_EXPORT(kernel)                                                            \
   extern "C" void host_##kernel(const uint64_t* geometry, const uint64_t* words) {   \
     fd_host::launch(kernel, geometry, words);                                        \

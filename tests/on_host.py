@@ -17,6 +17,7 @@ KERNELS = {
     "noise.cu": ("noise",),
     "reverse_step.cu": ("reverse_step",),
     "reparameterize.cu": ("reparameterize", "reparameterize_sum", "reparameterize_backward"),
+    "modulate.cu": ("modulate",),
 }
 
 

@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
-from fastdiff.ops import _launches
+from fastdiff.ops import _launches, _modulate_launches
 from fastdiff.ops._launches import Launch, Macros
+from fastdiff.ops._modulate_checks import Modulate
 from fastdiff.ops._step_checks import Step
 from fastdiff.ops.noise import Draw
 from fastdiff.ops.reparameterize import Reparameterize, ReparameterizeBackward
@@ -255,3 +256,12 @@ def reparameterize_backward(call: ReparameterizeBackward) -> None:
     with torch.cuda.device(call.mu.device):
         device = _device(call.mu)
         device.run(_launches.reparameterize_backward(call, device.blocks))
+
+
+def modulate(call: Modulate) -> None:
+    """Fill ``call.out`` and ``call.total``."""
+    if call.x.numel() == 0:
+        return
+    with torch.cuda.device(call.x.device):
+        device = _device(call.x)
+        device.run(_modulate_launches.modulate(call, device.blocks))

@@ -39,7 +39,7 @@ def tokens(x: torch.Tensor) -> tuple[int, int, int]:
     return x.shape[0], x.shape[1] if x.dim() == 3 else 1, x.shape[-1]
 
 
-def strides(t: torch.Tensor | None, x: torch.Tensor) -> tuple[int, int]:
+def strides(t: torch.Tensor | None) -> tuple[int, int]:
     """Elements between two samples and between two tokens of scale, shift or gate."""
     if t is None:
         return 0, 0
