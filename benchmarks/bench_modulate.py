@@ -3,18 +3,18 @@
     python -m benchmarks.bench_modulate --out benchmarks/results/modulate.json
     pytest benchmarks/bench_modulate.py --benchmark-only
 
-Three jobs at the shapes of DiT-S/2 and DiT-XL/2: the norm with scale and shift alone; the same after
-a gated residual (one call a half block); and diffusers' AdaLayerNormZero whole, with the linear
-layer that makes its modulation, against the same layer and `modulate`.
+Three jobs at the shapes of DiT-S/2 and DiT-XL/2: the norm with scale and shift alone; the same
+after a gated residual (one call a half block); and diffusers' AdaLayerNormZero whole, with the
+linear layer that makes its modulation, against the same layer and `modulate`.
 
-Predicted before it was measured: eager passes over memory three times for the first job and five for
-the second, where one pass of two and of four tensors would do: 3 and 3.5 times the bytes. A copy of
-these tensors stays in the third-level cache, at 60 GB/s and more on one core of the machine of the
-results, which is 1.2 cycles an element in float32; the sums and the modulation take 0.3 cycles an
-element with vectors of 512 bits, and as much again for reading the token from the first-level cache
-in each pass. So the floor is the copy where it reaches memory, and about twice the copy in cache;
-conversions of 16-bit elements, a dozen integer instructions for 16 of them, come on top of half the
-bytes.
+Predicted before it was measured: eager passes over memory three times for the first job and five
+for the second, where one pass of two and of four tensors would do: 3 and 3.5 times the bytes. A
+copy of these tensors stays in the third-level cache, 60 GB/s and more on one core of the machine of
+the results, which is 0.4 cycles an element in float32. The sums and the modulation take 0.3 cycles
+an element with vectors of 512 bits, and reading the token from the first-level cache in each pass
+as much again. So the floor is the copy where that reaches memory, and about twice the copy in
+cache; conversions of 16-bit elements, a dozen integer instructions for 16 of them, come on top of
+half the bytes.
 """
 
 from __future__ import annotations

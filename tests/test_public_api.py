@@ -24,8 +24,8 @@ PUBLIC = {
         "schedules", "solvers", "use_backend",
     ),
     "fastdiff.ops": (
-        "OPS", "Stream", "as_seeds", "describe", "explain", "randn", "reparameterize",
-        "reverse_step",
+        "OPS", "Stream", "as_seeds", "describe", "explain", "gated_residual", "modulate", "randn",
+        "reparameterize", "reverse_step",
     ),
     "fastdiff.schedules": ("cosine", "edm", "flow", "from_betas", "linear", "scaled_linear",
                            "sigmoid"),

@@ -24,7 +24,7 @@ def longer_than_a_tile() -> None:
     before = kernel._WIDEST
     kernel._WIDEST = 64
     try:
-        for name, case in BACKEND_CASES.items():
+        for name in BACKEND_CASES:
             if "100" in name:
                 CASES[name]()
     finally:
