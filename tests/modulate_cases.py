@@ -83,3 +83,13 @@ def assert_backend_is_right(
         with use_backend(backend):
             alone = gated_residual(t["x"], t["residual"], t.get("gate"))
         assert_same_bits(alone, got[1], "the gated residual alone")
+
+
+def assert_constant_tokens_become_the_shift(backend: str, device: torch.device) -> None:
+    """Their mean has no exact float32: what it is off by, over sqrt(eps) = 1e-3, must not show."""
+    values = torch.tensor([0.1, 0.7, 10.1, 333.3, 1000.1], device=device)
+    x = values[None, :, None].expand(1, 5, 1152).contiguous()
+    shift = 1 + randn([3], (1152,)).abs().to(device)
+    with use_backend(backend):
+        got = modulate(x, None, shift)
+    assert_same_bits(got, shift[:, None].expand_as(x))

@@ -286,6 +286,8 @@ def test_eps_is_inside_the_root() -> None:
     for norm in ("layer", "rms"):
         for eps in (0.0, 1e-6, 1, 1e3):
             assert_right({"x": x}, norm=norm, eps=eps)
+            # by the checks in Python too, which a strided x needs
+            assert_right({"x": torch.stack([x, x], -1)[..., 0]}, norm=norm, eps=eps)
 
 
 def test_reference_is_the_norm_of_torch() -> None:

@@ -12,7 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from modulate_cases import BACKEND_CASES, Case, assert_backend_is_right, tensors
+from modulate_cases import (
+    BACKEND_CASES,
+    Case,
+    assert_backend_is_right,
+    assert_constant_tokens_become_the_shift,
+    tensors,
+)
 from on_host import COMPILER, Host
 from tables import needs_extension
 
@@ -22,7 +28,7 @@ from fastdiff.ops import OPS, _modulate_launches, modulate
 from fastdiff.ops.modulate import prepare
 
 _FILE = Path(__file__).with_name("triton_modulate.py")
-_INTERPRETED = (*BACKEND_CASES, "longer than a tile")
+_INTERPRETED = (*BACKEND_CASES, "longer than a tile", "constant tokens")
 CPU = torch.device("cpu")
 
 
@@ -76,6 +82,11 @@ def on_host(host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("case", BACKEND_CASES.values(), ids=BACKEND_CASES)
 def test_on_the_host(on_host: None, case: Case) -> None:
     assert_backend_is_right("cuda", CPU, *case)
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_constant_tokens_on_the_host(on_host: None) -> None:
+    assert_constant_tokens_become_the_shift("cuda", CPU)
 
 
 def _launch(case: str) -> dict[str, int]:

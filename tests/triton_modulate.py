@@ -12,7 +12,11 @@ from collections.abc import Callable
 
 import torch
 from fastdiff.kernels import modulate as kernel
-from modulate_cases import BACKEND_CASES, assert_backend_is_right
+from modulate_cases import (
+    BACKEND_CASES,
+    assert_backend_is_right,
+    assert_constant_tokens_become_the_shift,
+)
 
 CASES: dict[str, Callable[[], None]] = {
     name: lambda case=case: assert_backend_is_right("triton", torch.device("cpu"), *case)
@@ -27,11 +31,17 @@ def longer_than_a_tile() -> None:
         for name in BACKEND_CASES:
             if "100" in name:
                 CASES[name]()
+        constant_tokens()
     finally:
         kernel._WIDEST = before
 
 
+def constant_tokens() -> None:
+    assert_constant_tokens_become_the_shift("triton", torch.device("cpu"))
+
+
 CASES["longer than a tile"] = longer_than_a_tile
+CASES["constant tokens"] = constant_tokens
 
 
 def main() -> None:
