@@ -111,8 +111,8 @@ def benchmark_table() -> str:
         return ""
     note = (
         "Two threads, float32 unless a row says otherwise, medians of rounds in which all "
-        "functions of a row are called in turn in one process. More columns, the roofline and one thread: "
-        "`python -m benchmarks.report benchmarks/results/*.json`."
+        "functions of a row are called in turn in one process. More columns, the roofline and one "
+        "thread: `python -m benchmarks.report benchmarks/results/*.json`."
     )
     return "\n\n".join([note, *parts])
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "modulate_call.h"
 #include "quick_film.h"
 #include "quick_step.h"
 
@@ -170,6 +171,24 @@ nb::object film_norm(nb::handle x, int64_t groups, nb::handle weight, nb::handle
   return out;
 }
 
+// The results that are wanted in a tuple, or None where the caller has to look closer.
+nb::object modulate(nb::handle x, nb::handle scale, nb::handle shift, nb::handle norm,
+                    nb::handle weight, nb::handle bias, nb::handle residual, nb::handle gate,
+                    nb::handle eps, bool modulated, nb::object out, nb::object total) {
+  FdModulateArgs args{};
+  fd::ModulateCall call(tensors, {x, scale, shift, norm, weight, bias, residual, gate, eps});
+  if (!call.check(modulated, args)) return nb::none();
+  if (modulated && out.is_none()) out = nb::handle(empty_like)(x);
+  if (args.residual && total.is_none()) total = nb::handle(empty_like)(x);
+  if (!call.check_results(out, total, args)) return nb::none();
+  {
+    nb::gil_scoped_release release;
+    active->modulate(args);
+  }
+  if (!modulated) return nb::make_tuple(total);
+  return args.residual ? nb::make_tuple(out, total) : nb::make_tuple(out);
+}
+
 void reparameterize(Address mu, Address logvar, int in_dtype, Address seeds, uint32_t step,
                     uint32_t stream, int64_t samples, int64_t size, Address z, Address kl) {
   const FdReparameterizeArgs args{at<void>(mu), at<void>(logvar), in_dtype, at<int64_t>(seeds),
@@ -208,6 +227,11 @@ NB_MODULE(_cpu, m) {
         nb::arg("bias").none(), nb::arg("scale").none(), nb::arg("shift").none(),
         nb::arg("act").none(), nb::arg("residual").none(), nb::arg("eps"), nb::arg("plus_one"),
         nb::arg("out").none());
+  m.def("modulate", &modulate, nb::arg("x").none(), nb::arg("scale").none(),
+        nb::arg("shift").none(), nb::arg("norm").none(), nb::arg("weight").none(),
+        nb::arg("bias").none(), nb::arg("residual").none(), nb::arg("gate").none(),
+        nb::arg("eps").none(), nb::arg("modulated"), nb::arg("out").none(),
+        nb::arg("total").none());
   m.def("reparameterize", &reparameterize);
   m.def("reparameterize_backward", &reparameterize_backward);
 }

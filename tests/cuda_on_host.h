@@ -32,6 +32,17 @@ static void sync() {
   swapcontext(&fibers[me], &scheduler);
 }
 
+// The value of another thread of the warp; every thread of the block must come here.
+static float exchange(float value, unsigned int lane) {
+  static std::vector<float> values;
+  values.resize(fibers.size());
+  values[running] = value;
+  sync();
+  const float other = values[running ^ lane];
+  sync();
+  return other;
+}
+
 template <class T>
 T from_word(uint64_t word) {
   T value;
@@ -112,6 +123,7 @@ uint64_t launch(void (*kernel)(A...), const uint64_t* geometry, const uint64_t* 
 #define __shared__ static
 #define __launch_bounds__(...)
 #define __syncthreads() fd_host::sync()
+#define __shfl_xor_sync(mask, value, lane) fd_host::exchange(value, lane)
 #define FD_DYNAMIC_SHARED(name) unsigned char* const name = fd_host::dynamic
 #define FD_EXPORT(kernel)                                                              \
   extern "C" uint64_t host_##kernel(const uint64_t* geometry, const uint64_t* words) { \

@@ -34,6 +34,7 @@ CUDA_ARCHS = ("sm_80", "sm_90a", "sm_100")
 noise_op = importlib.import_module("fastdiff.ops.noise")
 step_op = importlib.import_module("fastdiff.ops.reverse_step")
 vae_op = importlib.import_module("fastdiff.ops.reparameterize")
+modulate_op = importlib.import_module("fastdiff.ops.modulate")
 
 F32, BF16 = torch.float32, torch.bfloat16
 LAST = torch.channels_last
@@ -105,6 +106,13 @@ def _vae_backward(dtype: torch.dtype) -> Any:
     )
 
 
+def _modulate(dtype: torch.dtype, *, added: bool = True, channels: int = 1152) -> Any:
+    x = torch.empty(4, 256, channels, dtype=dtype)
+    scale, shift, gate = torch.empty(4, 3 * channels, dtype=dtype).chunk(3, dim=1)
+    more = {"residual": x.clone(), "gate": gate} if added else {}
+    return modulate_op.prepare(x, scale, shift, **more)
+
+
 # name: (op, its checked arguments)
 CASES: dict[str, tuple[str, Callable[[], Any]]] = {
     "noise f32": ("noise", lambda: _noise(F32)),
@@ -125,6 +133,10 @@ CASES: dict[str, tuple[str, Callable[[], Any]]] = {
     "reparameterize bf16": ("reparameterize", lambda: _vae(BF16)),
     "reparameterize backward f32": ("reparameterize_backward", lambda: _vae_backward(F32)),
     "reparameterize backward bf16": ("reparameterize_backward", lambda: _vae_backward(BF16)),
+    "modulate f32": ("modulate", lambda: _modulate(F32)),
+    "modulate bf16": ("modulate", lambda: _modulate(BF16)),
+    "modulate bf16 alone": ("modulate", lambda: _modulate(BF16, added=False)),
+    "modulate bf16 long": ("modulate", lambda: _modulate(BF16, channels=16384)),
 }
 EXACT = tuple(CASES)  # what is promised as bits: no contraction, no approximation
 CASES |= {f"film_norm {name}": ("film_norm", make) for name, make in film_cases.COMPILED.items()}
@@ -136,6 +148,9 @@ STORES_BF16 = {
     "step rows bf16",
     "reparameterize bf16",
     "reparameterize backward bf16",
+    "modulate bf16",
+    "modulate bf16 alone",
+    "modulate bf16 long",
 }
 
 
@@ -205,6 +220,7 @@ _MODULES = {
     "reparameterize": "reparameterize",
     "reparameterize_backward": "reparameterize",
     "film_norm": "film_norm",
+    "modulate": "modulate",
 }
 Launched = tuple[Any, tuple[Any, ...], dict[str, Any]]  # kernel, arguments, keywords
 
@@ -290,12 +306,13 @@ def compile_triton(case: str, arch: str, *, count: bool = False) -> list[Compile
 
 def launches(case: str, arch: str = "sm_90a") -> list[Any]:
     """The CUDA launches of a case."""
-    from fastdiff.ops import _film_launches, _launches
+    from fastdiff.ops import _film_launches, _launches, _modulate_launches
 
     op, make = CASES[case]
     if op == "film_norm":
         return _film_launches.film_norm(make(), film_cases.CHIPS[arch])[0]
-    made = getattr(_launches, op)(make(), 4096)
+    module = _modulate_launches if op == "modulate" else _launches
+    made = getattr(module, op)(make(), 4096)
     return made[0] if isinstance(made, tuple) else made
 
 

@@ -23,6 +23,7 @@ KERNELS = {
         "film_norm_apply",
     ),
     "reparameterize.cu": ("reparameterize", "reparameterize_sum", "reparameterize_backward"),
+    "modulate.cu": ("modulate",),
 }
 
 

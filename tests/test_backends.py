@@ -144,7 +144,7 @@ def test_public_explanation_names_every_backend() -> None:
     answers = fastdiff.ops.describe("noise", [0], (4,))
     assert list(answers) == list(fastdiff.ops.OPS["noise"].backends)
     assert list(answers.values()).count("chosen") == 1
-    with pytest.raises(ValueError, match=r"explain: op must be one of noise, .*, got 'nosuch'"):
+    with pytest.raises(ValueError, match=r"explain: op must be one of .*noise, .*, got 'nosuch'"):
         fastdiff.explain("nosuch")
 
 

@@ -8,6 +8,9 @@
 
 #include "../half.h"
 
+// Positions in NORMS of fastdiff/reference/modulate.py.
+enum FdNorm : int { kNoNorm = 0, kLayerNorm = 1, kRmsNorm = 2 };
+
 struct FdStepArgs {
   // inputs; a null pointer says absent. output/uncond/variance have type `output_dtype` and their
   // own distance between samples; everything else is float32 with `size` elements a sample.
@@ -86,6 +89,28 @@ struct FdFilmNormArgs {
   bool plus_one, silu;
 };
 
+// A tensor of one value a channel that differs by sample and may differ by token.
+struct FdChannels {
+  const void* data;  // null: absent
+  int64_t sample_stride, token_stride;
+};
+
+struct FdModulateArgs {
+  const void* x;
+  const void* residual;  // or null
+  int dtype;             // of x, residual, out and total, which are contiguous
+  FdChannels scale, shift, gate;
+  int film_dtype;  // of those three
+  const void* weight;
+  const void* bias;
+  int affine_dtype;  // of those two
+  int norm;          // FdNorm
+  float eps;
+  int64_t samples, tokens, channels;
+  void* out;    // null: only the sum is wanted
+  void* total;  // x + gate * residual; null without a residual
+};
+
 struct FdKernels {
   const char* name;
   void (*noise)(const FdNoiseArgs&);
@@ -93,4 +118,5 @@ struct FdKernels {
   void (*reparameterize)(const FdReparameterizeArgs&);
   void (*reparameterize_backward)(const FdReparameterizeBackwardArgs&);
   void (*film_norm)(const FdFilmNormArgs&);
+  void (*modulate)(const FdModulateArgs&);
 };

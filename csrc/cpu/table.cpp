@@ -9,4 +9,5 @@ extern "C" const FdKernels FD_SYMBOL(FD_ISA);
 const FdKernels FD_SYMBOL(FD_ISA) = {FD_NAME(FD_ISA), fd::FD_ISA::noise, fd::FD_ISA::reverse_step,
                                      fd::FD_ISA::reparameterize,
                                      fd::FD_ISA::reparameterize_backward,
-                                     fd::FD_ISA::film_norm};
+                                     fd::FD_ISA::film_norm,
+                                     fd::FD_ISA::modulate};

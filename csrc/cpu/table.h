@@ -11,6 +11,7 @@ void reverse_step(const FdStepArgs&);
 void reparameterize(const FdReparameterizeArgs&);
 void reparameterize_backward(const FdReparameterizeBackwardArgs&);
 void film_norm(const FdFilmNormArgs&);
+void modulate(const FdModulateArgs&);
 
 }  // namespace FD_ISA
 }  // namespace fd

@@ -1,5 +1,6 @@
 """Models that the library trains and ships."""
 
+from fastdiff.models.dit import DiT, DiTConfig
 from fastdiff.models.unet import UNet, UNetConfig
 
-__all__ = ["UNet", "UNetConfig"]
+__all__ = ["DiT", "DiTConfig", "UNet", "UNetConfig"]

@@ -101,13 +101,14 @@ class UNetConfig:
         return cls(**config)
 
 
-def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0, shift: int = 0) -> Tensor:
     """Sinusoidal embedding of time (Vaswani et al. 2017, section 3.5; as used by DDPM).
 
     Args:
         t: `(N,)`, floating point, may be fractional.
         dim: width of the embedding, even.
         max_period: the longest period, in units of `t`, divided by 2 pi.
+        shift: 0 leaves the longest period itself out, 1 has it as the last of the dim / 2.
 
     Returns:
         `(N, dim)` in float32 at least (float64 for a float64 `t`): cosines, then sines.
@@ -115,7 +116,7 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tens
     # bfloat16 holds no integer above 256 exactly, so neighbouring times would collide
     t = t if t.dtype == torch.float64 else t.float()
     half = dim // 2
-    powers = torch.arange(half, dtype=t.dtype, device=t.device) / half
+    powers = torch.arange(half, dtype=t.dtype, device=t.device) / (half - shift)
     angles = t[:, None] * torch.exp(-math.log(max_period) * powers)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 

@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 
-from fastdiff.ops import _film_launches, _launches
+from fastdiff.ops import _film_launches, _launches, _modulate_launches
 from fastdiff.ops._film_checks import FilmNorm
 from fastdiff.ops._film_launches import Chip
 from fastdiff.ops._launches import Launch, Macros
+from fastdiff.ops._modulate_checks import Modulate
 from fastdiff.ops._step_checks import Step
 from fastdiff.ops.noise import Draw
 from fastdiff.ops.reparameterize import Reparameterize, ReparameterizeBackward
@@ -299,3 +300,12 @@ def film_norm(call: FilmNorm) -> None:
         launches, memory = _film_launches.film_norm(call, device.chip)
         device.run(launches)
         del memory
+
+
+def modulate(call: Modulate) -> None:
+    """Fill ``call.out`` and ``call.total``."""
+    if call.x.numel() == 0:
+        return
+    with torch.cuda.device(call.x.device):
+        device = _device(call.x)
+        device.run(_modulate_launches.modulate(call, device.blocks))
