@@ -12,7 +12,8 @@ from typing import Any
 
 import gpu_compile
 import pytest
-from gpu_compile import CASES, CUDA_ARCHS, EXACT, STORES_BF16, TABLE
+from gpu_cases import CASES, EXACT, STORES_BF16
+from gpu_compile import CUDA_ARCHS, TABLE
 
 from fastdiff.ops import _cuda
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import gpu_compile
 import pytest
-from gpu_compile import CASES, CUDA_ARCHS, TABLE, TRITON_ARCHS, Compiled
+from gpu_cases import CASES
+from gpu_compile import CUDA_ARCHS, TABLE, TRITON_ARCHS, Compiled
 
 FILM = tuple(case for case in CASES if case.startswith("film_norm"))
 

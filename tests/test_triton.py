@@ -13,7 +13,8 @@ from typing import Any
 
 import gpu_compile
 import pytest
-from gpu_compile import EXACT, STORES_BF16, TABLE, TRITON_ARCHS
+from gpu_cases import EXACT, STORES_BF16
+from gpu_compile import TABLE, TRITON_ARCHS
 
 pytestmark = [
     pytest.mark.skipif(
