@@ -16,8 +16,8 @@ FD_INLINE float fd_as_float(uint32_t x) { return __uint_as_float(x); }
 FD_INLINE uint32_t fd_as_uint(float x) { return __float_as_uint(x); }
 #else
 #ifndef __CUDACC_RTC__
-#include <cmath>
-FD_INLINE float fd_sqrt(float x) { return std::sqrt(x); }
+// not std::sqrt: csrc/cpu/scratch.h says why
+FD_INLINE float fd_sqrt(float x) { return __builtin_sqrtf(x); }
 #else
 FD_INLINE float fd_sqrt(float x) { return sqrtf(x); }
 #endif

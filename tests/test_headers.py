@@ -228,3 +228,24 @@ def test_reference_words_agree_on_random_counters(headers: ctypes.CDLL) -> None:
         c = counter.astype(np.uint32)
         headers.words(c.ctypes.data, int(key) & 0xFFFFFFFF, int(key) >> 32)
         assert c.tolist() == expected.tolist()
+
+
+KERNELS = sorted(p for p in (ROOT / "csrc" / "cpu").glob("*.cpp"))
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
+@pytest.mark.parametrize("source", KERNELS, ids=lambda p: p.name)
+def test_no_symbol_is_shared_between_instruction_sets(source: Path, tmp_path: Path) -> None:
+    """A weak function of the standard library, compiled for AVX-512, would run on any CPU.
+
+    The linker keeps one definition of it for all sets. Without optimisation nothing is inlined, so
+    every such function shows.
+    """
+    target = tmp_path / "kernel.o"
+    flags = ["-std=c++17", "-O0", "-fPIC", f"-I{ROOT / 'csrc'}", "-DFD_ISA=probe"]
+    subprocess.run([str(COMPILER), *flags, "-c", str(source), "-o", str(target)], check=True)
+    listed = subprocess.run(["nm", "-C", str(target)], capture_output=True, text=True, check=True)
+    # "address type name", or "type name" for what is not defined here
+    kinds = [line.split() for line in listed.stdout.splitlines()]
+    weak = [words for words in kinds if set(words[:2]) & {"W", "V", "u"}]
+    assert [words for words in weak if "__gxx_personality" not in words[-1]] == []

@@ -2,26 +2,13 @@
 //
 // A sample that one thread owns is still in its cache for the second pass, so that memory sees one
 // read and one write.
-#include <cmath>
-#include <vector>
-
 #include "film_sums.h"
+#include "scratch.h"
 #include "threads.h"
 
 namespace fd {
 namespace FD_ISA {
 namespace {
-
-// Memory that a thread keeps from call to call. It starts a cache line, so that no vector in it
-// lies across two.
-template <class T>
-T* scratch(size_t count) {
-  static thread_local std::vector<T> memory;
-  constexpr size_t kLine = 64 / sizeof(T);
-  if (memory.size() < count + kLine) memory.resize(count + kLine);
-  const size_t past = reinterpret_cast<uintptr_t>(memory.data()) / sizeof(T) % kLine;
-  return memory.data() + (kLine - past) % kLine;
-}
 
 // What the second pass does to channel c: (x - center) * slope + offset.
 struct Affine {
@@ -43,13 +30,13 @@ void normalise(const FdFilmNormArgs& a, int64_t begin, int64_t end, float shift,
     const double count = static_cast<double>(a.channels / a.groups * a.pixels);
     const double rest = moments.sum / count, spread = moments.square / count - rest * rest;
     mean = shift + rest;
-    rstd = 1.0 / std::sqrt((spread < 0.0 ? 0.0 : spread) + a.eps);  // NaN stays NaN
+    rstd = 1.0 / __builtin_sqrt((spread < 0.0 ? 0.0 : spread) + a.eps);  // NaN stays NaN
   }
   // a 16-bit result cannot tell x slope + (offset - mean slope) from (x - mean) slope + offset
   const float center = a.dtype == kFloat32 ? static_cast<float>(mean) : 0.0f;
-  std::fill(out.center + begin, out.center + end, center);
-  std::fill(out.slope + begin, out.slope + end, static_cast<float>(rstd));
-  std::fill(out.offset + begin, out.offset + end, static_cast<float>(mean - center));
+  fill(out.center + begin, out.center + end, center);
+  fill(out.slope + begin, out.slope + end, static_cast<float>(rstd));
+  fill(out.offset + begin, out.offset + end, static_cast<float>(mean - center));
 }
 
 // Weight, bias and FiLM on top of that.
@@ -62,7 +49,7 @@ void modulate(const FdFilmNormArgs& a, int64_t sample, int64_t begin, int64_t en
     return dtype == kBFloat16 ? vec_load<kBFloat16>(from, at, n) : vec_load<kFloat16>(from, at, n);
   };
   for (int64_t c = begin; c < end; c += kWidth) {
-    const int n = static_cast<int>(std::min<int64_t>(end - c, kWidth));
+    const int n = static_cast<int>(least(end - c, kWidth));
     Vec slope = vec_load<kFloat32>(out.slope, c, n) * row(a.weight, a.weight_dtype, c, n, 1.0f);
     Vec offset = row(a.bias, a.weight_dtype, c, n, 0.0f) -
                  vec_load<kFloat32>(out.offset, c, n) * slope;
@@ -142,7 +129,7 @@ void apply_pairs(const FdFilmNormArgs& a, int64_t sample, int64_t begin, int64_t
   const uint16_t* residual = static_cast<const uint16_t*>(a.residual) + first;
   uint16_t* out = static_cast<uint16_t*>(a.out) + first;
   for (int64_t row = begin; row < end; row += kRows) {
-    const int64_t rows = std::min(end - row, kRows), at = row * channels;
+    const int64_t rows = least(end - row, kRows), at = row * channels;
     int64_t c = 0;
     for (; c + 32 * kPairs <= channels; c += 32 * kPairs)
       apply_columns<kPairs, kSilu, kResidual>(x + at + c, residual + at + c, out + at + c, rows,
@@ -213,7 +200,7 @@ void finish(const FdFilmNormArgs& a, int64_t sample, int64_t parts, const float*
             const Affine& by, const PartSums& part_sums) {
   const int64_t each = channels_a_lane(a), lanes = a.channels / each;
   double* total = scratch<double>(2 * lanes);
-  std::fill(total, total + 2 * lanes, 0.0);
+  fill(total, total + 2 * lanes, 0.0);
   for (int64_t part = 0; part < parts; ++part) {
     const Sums sums = part_sums(part);
     for (int64_t i = 0; i < lanes; ++i) {

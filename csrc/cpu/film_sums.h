@@ -4,9 +4,8 @@
 // parts, float64 over the parts: an order that neither the batch nor the number of threads changes.
 #pragma once
 
-#include <algorithm>
-
 #include "kernels.h"
+#include "scratch.h"
 #include "vec.h"
 
 namespace fd {
@@ -41,7 +40,7 @@ struct Sums {
 void add_pairs(const uint16_t* x, int64_t channels, int64_t pixels, const Sums& to) {
   const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
   for (int64_t c = 0; c < channels; c += 128) {
-    const int64_t left = std::min<int64_t>(channels - c, 128);
+    const int64_t left = least(channels - c, 128);
     const int vectors = static_cast<int>((left + 31) / 32);
     __m512 sum[4] = {}, square[4] = {};
     if (left == 128) {
@@ -54,7 +53,7 @@ void add_pairs(const uint16_t* x, int64_t channels, int64_t pixels, const Sums& 
       }
     } else {
       for (int k = 0; k < vectors; ++k) {
-        const int64_t n = std::min<int64_t>(left - 32 * k, 32);
+        const int64_t n = least(left - 32 * k, 32);
         const __mmask32 mask = static_cast<__mmask32>((uint64_t{1} << n) - 1);
         for (int64_t i = 0; i < pixels; ++i) {
           const __m512bh v =
@@ -65,7 +64,7 @@ void add_pairs(const uint16_t* x, int64_t channels, int64_t pixels, const Sums& 
       }
     }
     for (int k = 0; k < vectors; ++k) {
-      const int n = static_cast<int>(std::min<int64_t>(left - 32 * k, 32) / 2);
+      const int n = static_cast<int>(least(left - 32 * k, 32) / 2);
       const int64_t lane = c / 2 + 16 * k;
       vec_store<kFloat32>(vec_load<kFloat32>(to.sum, lane, n) + sum[k], to.sum, lane, n);
       vec_store<kFloat32>(vec_load<kFloat32>(to.square, lane, n) + square[k], to.square, lane, n);
@@ -117,10 +116,10 @@ int64_t channels_a_lane(const FdFilmNormArgs& a) {
 void add_part(const FdFilmNormArgs& a, int64_t sample, int64_t begin, int64_t end,
               const float* shift, const Sums& to) {
   const int64_t lanes = a.channels / channels_a_lane(a);
-  std::fill(to.sum, to.sum + lanes, 0.0f);
-  std::fill(to.square, to.square + lanes, 0.0f);
+  fill(to.sum, to.sum + lanes, 0.0f);
+  fill(to.square, to.square + lanes, 0.0f);
   for (int64_t first = begin; first < end; first += kRun) {
-    const int64_t pixels = std::min(end - first, kRun);
+    const int64_t pixels = least(end - first, kRun);
     const int64_t at = (sample * a.pixels + first) * a.channels;
 #ifdef __AVX512BF16__
     if (lanes < a.channels) {
@@ -148,7 +147,7 @@ Moments run_sums(const void* x, int64_t at, int64_t count, float shift) {
   Moments total{0.0, 0.0};
   const Vec center = vec_set(shift);
   for (int64_t first = 0; first < count; first += kBlock) {
-    const int64_t n = std::min(count - first, kBlock), whole = n / (4 * kWidth) * (4 * kWidth);
+    const int64_t n = least(count - first, kBlock), whole = n / (4 * kWidth) * (4 * kWidth);
     Vec sum[4] = {}, square[4] = {};
     for (int64_t i = 0; i < whole; i += 4 * kWidth) {
       for (int k = 0; k < 4; ++k) {
@@ -181,7 +180,7 @@ struct Parts {
   int64_t pixels, count;
 
   explicit Parts(int64_t all)
-      : pixels(all), count(std::max<int64_t>(1, std::min(kParts, all / kRun))) {}
+      : pixels(all), count(most(1, least(kParts, all / kRun))) {}
   int64_t begin(int64_t part) const { return pixels * part / count; }
 };
 
@@ -189,19 +188,19 @@ struct Parts {
 // taken off in the end is small beside the variance.
 void middles(const FdFilmNormArgs& a, int64_t sample, float* shift) {
   const int64_t per_group = a.channels / a.groups, at = sample * a.pixels * a.channels;
-  const int64_t pixels = std::min<int64_t>(a.pixels, 8);
+  const int64_t pixels = least(a.pixels, 8);
   for (int64_t g = 0; g < a.groups; ++g) {
     float sum = 0.0f;
     for (int64_t i = 0; i < pixels && channels_a_lane(a) == 1; ++i)
       for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c)
         sum += element(a, a.x, at + a.pixels * i / pixels * a.channels + c);
     const float mean = sum / static_cast<float>(pixels * per_group);
-    std::fill(shift + g * per_group, shift + (g + 1) * per_group, mean);
+    fill(shift + g * per_group, shift + (g + 1) * per_group, mean);
   }
 }
 
 float middle_of_run(const FdFilmNormArgs& a, int64_t at, int64_t count) {
-  const int64_t n = std::min<int64_t>(count, 32);
+  const int64_t n = least(count, 32);
   float sum = 0.0f;
   for (int64_t i = 0; i < n; ++i) sum += element(a, a.x, at + count * i / n);
   return sum / static_cast<float>(n);

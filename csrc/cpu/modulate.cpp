@@ -9,9 +9,8 @@
 // passes cost 7 additions and multiplications, 5 loads and a store. Between the passes stand a sum
 // across a register and a root, 120 cycles in which a token could not go on; so several tokens go
 // through each pass together.
-#include <cmath>
-
 #include "kernels.h"
+#include "scratch.h"
 #include "store.h"
 #include "table.h"
 #include "threads.h"
@@ -22,9 +21,6 @@ namespace {
 
 constexpr int64_t kRoom = 4096;  // channels that stay in scratch; a longer token is read again
 constexpr int64_t kTokens = 4;   // that go through each pass together, where there is room
-
-// not std::min: a template instance of one instruction set must not serve another
-FD_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 FD_INLINE float multiply_add(float a, float b, float c) {
 #ifdef __FMA__
@@ -276,7 +272,7 @@ class Worker {
     const float rest = a_.norm == kLayerNorm ? share * first.total() : 0.0f;
     const float variance = share * second.total() - rest * rest;
     // below zero by a rounding alone; a NaN must stay
-    s.rstd = 1.0f / std::sqrt((variance < 0.0f ? 0.0f : variance) + a_.eps);
+    s.rstd = 1.0f / fd_sqrt((variance < 0.0f ? 0.0f : variance) + a_.eps);
     s.rest = -rest * s.rstd;
   }
 

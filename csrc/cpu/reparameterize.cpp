@@ -11,10 +11,10 @@
 // tensors that are in no cache this takes a quarter off forward and a third off backward.
 #include "../step.h"
 
-#include <vector>
 
 #include "fill_normal.h"
 #include "kernels.h"
+#include "scratch.h"
 #include "store.h"
 #include "table.h"
 #include "threads.h"
@@ -27,9 +27,6 @@ constexpr int kPiece = 256;          // elements at a time of the forward pass, 
 constexpr int kBackwardPiece = 128;  // of the backward pass, 5 tensors
 constexpr int kChunk = 1024;         // elements of one partial sum of the KL
 constexpr int kLanes = 16;  // running sums of a chunk: one fixed order for every instruction set
-
-// not std::min: a template instance of one instruction set must not serve another
-FD_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 struct alignas(64) Scratch {
   float mu[kPiece], logvar[kPiece], grad_z[kPiece];  // 16-bit inputs, converted
@@ -90,7 +87,7 @@ inline void add_kl(const float* mu, const float* logvar, const float* sd, int n,
 
 void reparameterize(const FdReparameterizeArgs& a) {
   const int64_t chunks = (a.size + kChunk - 1) / kChunk, total = a.samples * a.size;
-  std::vector<double> partial(a.kl ? static_cast<size_t>(a.samples * chunks) : 0);
+  double* partial = scratch<double>(a.kl ? static_cast<size_t>(a.samples * chunks) : 0);
   parallel_for(a.samples * chunks, 2.0 * kChunk, [&](int64_t begin, int64_t end) {
     Scratch s;
     for (int64_t unit = begin; unit < end; ++unit) {
@@ -120,13 +117,13 @@ void reparameterize(const FdReparameterizeArgs& a) {
       if (!a.kl) continue;
       double sum = 0.0;
       for (int j = 0; j < kLanes; ++j) sum += lane[j];
-      partial[static_cast<size_t>(unit)] = sum;
+      partial[unit] = sum;
     }
   });
   if (!a.kl) return;
   for (int64_t sample = 0; sample < a.samples; ++sample) {
     double sum = 0.0;
-    for (int64_t c = 0; c < chunks; ++c) sum += partial[static_cast<size_t>(sample * chunks + c)];
+    for (int64_t c = 0; c < chunks; ++c) sum += partial[sample * chunks + c];
     a.kl[sample] = static_cast<float>(0.5 * sum);
   }
 }
