@@ -177,6 +177,16 @@ def test_hook_on_the_head(name, film_norms):
     assert_within_budget(got, plain, call(copy.deepcopy(model).double(), x.double()), ulps=1)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["conv_norm_out", "conv_act"])
+def test_half_of_the_head_restored(name):
+    model, x, call = case("unet")
+    plain, exact = call(model, x), call(copy.deepcopy(model).double(), x.double())
+    fastdiff.accelerate(model)
+    fastdiff.restore(model.get_submodule(name))
+    assert_within_budget(call(model, x), plain, exact, ulps=1)
+
+
 def test_training_with_dropout():
     b = block(dropout=0.5).train()
     assert fastdiff.accelerate(b).left == {"": "is in training mode with dropout 0.5"}

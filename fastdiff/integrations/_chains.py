@@ -87,6 +87,7 @@ class NormBeforeAct(Swapped):
 
     `conv_act` passes on what is marked. The mark is on the tensor, so the two agree on every call:
     where the norm ran its own forward, or something replaced its result, the activation is done.
+    What cannot be seen is another module assigned to `conv_act`: restore the model before that.
     """
 
     fused = "GroupNorm + SiLU"
@@ -95,7 +96,13 @@ class NormBeforeAct(Swapped):
 
     @staticmethod
     def refuse(module: Any, /) -> str | None:
-        return hooked(module, module._fastdiff_act[0])
+        act: Any = module._fastdiff_act[0]
+        # restored alone, it would activate a second time
+        return (
+            hooked(module, act)
+            if ActAfterNorm in type(act).__mro__
+            else "its activation is restored"
+        )
 
     def forward(self: Any, x: Tensor) -> Tensor:
         # a compiler fuses the two by itself, and cannot follow the mark

@@ -132,11 +132,11 @@ def _plan(
             # a block that is left alone is left whole
             taken.update(map(id, mixin.inside(module)))
             reason = mixin.refuse(module)
-            if reason is not None:
+            if reason is None:
+                report.fused[name] = mixin.fused
+                yield module, mixin, {}
+            elif mixin is not _chains.Sequential:  # most have no such pair, and that is no news
                 report.left[name] = reason
-                continue
-            report.fused[name] = mixin.fused
-            yield module, mixin, {}
 
 
 def _roots(op: str, module: Any) -> dict[str, nn.Module]:
