@@ -5,6 +5,8 @@ A solver is a table (`solvers.build`), one fused kernel runs any row of any tabl
 step and element (`randn`).
 """
 
+from typing import TYPE_CHECKING, Any
+
 from fastdiff import ops, schedules, solvers
 from fastdiff.backends import BackendError, use_backend
 from fastdiff.checkpoints import load
@@ -13,16 +15,30 @@ from fastdiff.sampler import Sampler
 from fastdiff.table import StepTable
 from fastdiff.version import __version__
 
+if TYPE_CHECKING:
+    from fastdiff.integrations.accelerate import accelerate, restore
+
 __all__ = [
     "BackendError",
     "Sampler",
     "StepTable",
     "__version__",
+    "accelerate",
     "explain",
     "load",
     "ops",
     "randn",
+    "restore",
     "schedules",
     "solvers",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # sampling alone has no use for the integrations
+    if name in ("accelerate", "restore"):
+        from fastdiff.integrations import accelerate
+
+        return getattr(accelerate, name)
+    raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
+import fastdiff
+from fastdiff.integrations import _chains
 from fastdiff.ops import _native
 
 # instruction sets of this machine, best first; none where the extension is missing
@@ -31,3 +34,16 @@ def same_threads_after() -> Iterator[None]:
     yield
     if torch.get_num_threads() != before:
         torch.set_num_threads(before)
+
+
+@pytest.fixture
+def film_norms(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """The activation of every call of the fused op."""
+    calls: list[str | None] = []
+
+    def counting(*args: Any, **kw: Any) -> torch.Tensor:
+        calls.append(args[6])
+        return fastdiff.ops.film_norm(*args, **kw)
+
+    monkeypatch.setattr(_chains, "film_norm", counting)
+    return calls

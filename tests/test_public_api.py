@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # Stable from the first release: names are added here, never renamed or removed.
 PUBLIC = {
     "fastdiff": (
-        "BackendError", "Sampler", "StepTable", "__version__", "explain", "load", "ops", "randn",
-        "schedules", "solvers", "use_backend",
+        "BackendError", "Sampler", "StepTable", "__version__", "accelerate", "explain", "load",
+        "ops", "randn", "restore", "schedules", "solvers", "use_backend",
     ),
     "fastdiff.ops": (
         "COMPOSED", "OPS", "Stream", "as_seeds", "describe", "explain", "film", "film_conv2d",
