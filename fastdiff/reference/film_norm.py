@@ -27,7 +27,7 @@ def computed(t: torch.Tensor) -> torch.Tensor:
 
 
 def statistics(h: torch.Tensor, groups: int, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and 1 / sqrt(variance + eps) of every group.
+    """Mean and 1 / sqrt(variance + eps) of the group of every channel.
 
     Args:
         h: (N, C, *S).
@@ -35,12 +35,16 @@ def statistics(h: torch.Tensor, groups: int, eps: float) -> tuple[torch.Tensor, 
         eps: added to the (biased) variance.
 
     Returns:
-        Two (N, groups, 1) tensors, dtype of h.
+        Two (N, C) tensors, dtype of h; the channels of a group have one value.
     """
-    slabs = h.reshape(h.shape[0], groups, -1)
-    mean = slabs.mean(dim=2, keepdim=True)
-    variance = (slabs - mean).square().mean(dim=2, keepdim=True)
-    return mean, (variance + eps).rsqrt()
+    n, c = h.shape[:2]
+    slabs = h.view(n, groups, c // groups, *h.shape[2:])  # of any memory order
+    axes = tuple(range(2, slabs.dim()))
+    variance, mean = torch.var_mean(slabs, dim=axes, correction=0)
+    return tuple(  # type: ignore[return-value]
+        t[..., None].expand(n, groups, c // groups).reshape(n, c)
+        for t in (mean, (variance + eps).rsqrt())
+    )
 
 
 def per_channel(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -79,7 +83,7 @@ def film_norm(
     h = computed(x)
     if groups:
         mean, rstd = statistics(h, groups, eps)
-        h = ((h.reshape(h.shape[0], groups, -1) - mean) * rstd).reshape(h.shape)
+        h = (h - per_channel(mean, h)) * per_channel(rstd, h)
         if weight is not None:
             h = h * per_channel(weight, h)
         if bias is not None:
@@ -108,45 +112,58 @@ def film_norm_backward(
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of x, weight, bias, scale and shift; None for what is absent.
 
-    With z the argument of the activation, n the normalised x, s = 1 + scale (or scale) and
-    g = grad * act'(z): dshift = sum g, dscale = sum g (weight n + bias), dbias = sum g s,
-    dweight = sum g s n, and with u = g s weight, dx = rstd (u - mean(u) - n mean(u n)), means over
-    the group (Ioffe and Szegedy 2015, arXiv:1502.03167, section 3, which has it for a batch).
+    With z the argument of the activation, n = (x - mean) rstd, s = 1 + scale (or scale) and
+    g = grad * act'(z), everything but dx comes from two sums over space, D0 = sum g and
+    D1 = sum g n: dshift = D0, dscale = weight D1 + bias D0, dbias = s D0 and dweight = s D1 summed
+    over the batch. With u = s weight, dx = rstd (u g - mean(u g) - n mean(u g n)), means over the
+    group (Ioffe and Szegedy 2015, arXiv:1502.03167, section 3, which has it for a batch), and those
+    means are sums of u D0 and u D1 over the channels of a group.
 
     Args:
         grad: (N, C, *S), the gradient of the result.
         x, groups, weight, bias, scale, shift, act, eps, plus_one: as in `film_norm`.
     """
     h, g = computed(x), computed(grad).to(computed(x).dtype)
+    n, c = h.shape[:2]
     space = tuple(range(2, h.dim()))
+    rstd: torch.Tensor | None = None
+    if groups:
+        mean, rstd = statistics(h, groups, eps)
+        h = h - per_channel(mean, h)
 
     def over_space(t: torch.Tensor) -> torch.Tensor:
         return t.sum(dim=space) if space else t
 
-    n, rstd = h, None
-    if groups:
-        mean, rstd = statistics(h, groups, eps)
-        n = ((h.reshape(h.shape[0], groups, -1) - mean) * rstd).reshape(h.shape)
-    affine = n if weight is None else n * per_channel(weight, h)
-    affine = affine if bias is None else affine + per_channel(bias, h)
-    s = None
-    if scale is not None:
-        s = 1 + per_channel(scale, h) if plus_one else per_channel(scale, h)
+    def channels(t: torch.Tensor | None, otherwise: float) -> torch.Tensor:
+        return h.new_full((1, c), otherwise) if t is None else t.to(h.dtype).reshape(-1, c)
+
+    w, b = channels(weight, 1.0), channels(bias, 0.0)
+    s = channels(scale, 0.0 if plus_one else 1.0) + (1.0 if plus_one else 0.0)
+    deviation = h.new_ones(1, c) if rstd is None else rstd
+    slope = (s * w * deviation).expand(n, c)
     if act == "silu":
-        z = affine if s is None else affine * s
-        z = z if shift is None else z + per_channel(shift, h)
-        sigmoid = z.sigmoid()
-        g = g * (sigmoid * (1 + z * (1 - sigmoid)))
-    d_shift = None if shift is None else over_space(g).to(shift.dtype)
-    d_scale = None if scale is None else over_space(g * affine).to(scale.dtype)
-    u = g if s is None else g * s
-    d_bias = None if bias is None else over_space(u).sum(dim=0).to(bias.dtype)
-    d_weight = None if weight is None else over_space(u * n).sum(dim=0).to(weight.dtype)
-    if weight is not None:
-        u = u * per_channel(weight, h)
+        offset = (s * b + channels(shift, 0.0)).expand(n, c)
+        z = torch.addcmul(per_channel(offset, h), h, per_channel(slope, h))
+        if torch.is_grad_enabled():  # torch has no derivative of its one-pass form
+            sigmoid = z.sigmoid()
+            g = g * (sigmoid * (1 + z * (1 - sigmoid)))
+        else:
+            g = torch.ops.aten.silu_backward(g, z)
+    d0 = over_space(g)
+    d1 = over_space(g * h) * deviation
+    d_shift = None if shift is None else d0.to(shift.dtype)
+    d_scale = None if scale is None else (w * d1 + b * d0).to(scale.dtype)
+    d_bias = None if bias is None else (s * d0).sum(0).to(bias.dtype)
+    d_weight = None if weight is None else (s * d1).sum(0).to(weight.dtype)
+    d_x = g * per_channel(slope, h)
     if rstd is not None:
-        slabs, normal = (t.reshape(h.shape[0], groups, -1) for t in (u, n))
-        inner = slabs - slabs.mean(2, keepdim=True)
-        inner = inner - normal * (slabs * normal).mean(2, keepdim=True)
-        u = (rstd * inner).reshape(h.shape)
-    return u.to(x.dtype), d_weight, d_bias, d_scale, d_shift
+        count = h[0].numel() // groups
+
+        def group_mean(t: torch.Tensor) -> torch.Tensor:
+            total = (s * w * t).reshape(n, groups, -1).sum(2, keepdim=True) / count
+            return total.expand(n, groups, c // groups).reshape(n, c)
+
+        # dx = g slope - h rstd^2 mean(u g n) - rstd mean(u g)
+        d_x = torch.addcmul(d_x, h, per_channel(-rstd * rstd * group_mean(d1), h))
+        d_x = d_x - per_channel(rstd * group_mean(d0), h)
+    return d_x.to(x.dtype), d_weight, d_bias, d_scale, d_shift
