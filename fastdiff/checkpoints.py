@@ -124,6 +124,8 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         ValueError: names or shapes differ; the message lists every one. The model is then as it
         was.
     """
+    if isinstance(model, UNet):
+        weights = model.upgrade_state_dict(weights)
     have = model.state_dict()
     lines = [f"missing    {name} {tuple(have[name].shape)}" for name in have if name not in weights]
     lines += [f"unexpected {n} {tuple(w.shape)}" for n, w in weights.items() if n not in have]
