@@ -139,6 +139,7 @@ def test_every_key_is_used_once(name):
 def test_weights_are_copies_in_the_models_dtype_and_mode():
     model = peer(**TINY).half().train()
     ours = UNet.from_diffusers(model)
+    assert not UNet.from_diffusers(peer(**TINY)).training
     assert ours.training and {p.dtype for p in ours.parameters()} == {torch.float16}
     assert all(p.requires_grad for p in ours.parameters())
     before = model.conv_in.weight.clone()
