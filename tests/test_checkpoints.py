@@ -45,6 +45,38 @@ def test_dtype(saved):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
+# what torch says of a CPU, and the dtype that is then the fast one
+@pytest.mark.parametrize(
+    ("has", "want"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": False}, torch.bfloat16),
+        ({"avx512_bf16": False, "amx_bf16": True}, torch.bfloat16),
+        ({"avx512_bf16": False, "amx_bf16": False, "avx512_f": True}, torch.float32),
+        ({}, torch.float32),
+    ],
+    ids=["avx512_bf16", "amx_bf16", "avx512", "unknown"],
+)
+def test_auto_dtype(saved, monkeypatch, has, want):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+    assert checkpoints.fast_dtype("cpu") == want
+    assert checkpoints.fast_dtype("cuda:1") == torch.float32
+    model, _, _ = checkpoints.load(saved[1], dtype="auto")
+    assert {p.dtype for p in model.parameters()} == {want}
+    assert model.stem.weight.is_contiguous(memory_format=torch.channels_last)
+    # what is not asked for does not depend on the machine
+    assert next(checkpoints.load(saved[1])[0].parameters()).dtype == torch.float32
+
+
+def test_a_torch_that_does_not_tell_its_cpu(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert checkpoints.fast_dtype() == torch.float32
+
+
+def test_dtype_of_another_type(saved):
+    with pytest.raises(TypeError, match=r"load: dtype must be a torch\.dtype or 'auto', got"):
+        checkpoints.load(saved[1], dtype="bf16")
+
+
 def test_saving_twice_gives_the_same_bytes(saved, tmp_path):
     model, path = saved
     card = {"prediction": "v_prediction", "metrics": {}}

@@ -67,6 +67,33 @@ def test_same_seed_same_image_across_runs_and_backends(tiny, tmp_path):
     assert np.array_equal(images["alone"], images["reference"])
 
 
+# the option and what torch says of the CPU: the dtype it samples in
+@pytest.mark.parametrize(
+    ("words", "bf16", "want"),
+    [
+        ([], True, "bfloat16"),
+        ([], False, "float32"),
+        (["--dtype", "auto"], True, "bfloat16"),
+        (["--dtype", "float32"], True, "float32"),
+        (["--dtype", "bfloat16"], False, "bfloat16"),
+    ],
+)
+def test_dtype(tiny, tmp_path, capsys, monkeypatch, words, bf16, want):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bf16}, raising=False)
+    dtypes = []
+    load = checkpoints.load
+
+    def watched(*args, **kwargs):
+        dtypes.append(str(kwargs["dtype"]))
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoints, "load", watched)
+    words = ["--model", tiny, "--steps", 1, "--device", "cpu", "--out", tmp_path / "x.png", *words]
+    assert run("sample", *words) == 0
+    assert dtypes == [f"torch.{want}"]
+    assert f"on cpu in {want}, " in capsys.readouterr().out
+
+
 def test_solvers_lists_all(capsys):
     assert run("solvers") == 0
     printed = capsys.readouterr().out

@@ -170,6 +170,21 @@ def test_film_norm_in_float64():
     assert got <= 2 * error(written_out(torch.float32), exact) + 2 * ulp
 
 
+def test_heads_are_cut_only_where_there_is_attention():
+    """A width that heads do not divide is no error at a level without attention."""
+    config = UNetConfig(image_size=8, channels=(24, 32), patch_size=1)
+    assert filled(config)(*batch(config)).shape == (3, 1, 8, 8)
+
+
+def test_a_card_of_before_gives_the_same_network():
+    """Cards hold the fields that were there when they were written."""
+    first = {k: v for k, v in UNetConfig().to_config().items() if k in (
+        "in_channels", "image_size", "channels", "blocks", "attention", "num_classes",
+        "patch_size", "embed_dim", "groups", "head_dim", "time_scale",
+    )}  # fmt: skip
+    assert UNetConfig.from_config(first) == UNetConfig()
+
+
 def test_shipped_size():
     """The default is the architecture of the shipped checkpoint: at most 6 MB in float16."""
     count = sum(p.numel() for p in UNet().parameters())
@@ -191,6 +206,21 @@ def test_config_survives_json():
         ({"blocks": 0}, "blocks must be an int >= 1, got 0"),
         ({"embed_dim": 30}, "embed_dim must be a multiple of 4"),
         ({"num_classes": -1}, "num_classes must be >= 0"),
+        ({"heads": 0}, "heads must be None or an int >= 1, got 0"),
+        ({"heads": 5}, "channels must be multiples of groups=8 and heads=5"),
+        ({"channels": (40, 64), "attention": (16,)}, "multiples of groups=8 and head_dim=32"),
+        ({"channels": (40, 64), "up_attention": (16,)}, "multiples of groups=8 and head_dim=32"),
+        ({"time_dim": 7}, "time_dim must be even, got 7"),
+        ({"time_dim": 2, "freq_shift": 1}, "freq_shift must be below 1, half the sinusoids, got 1"),
+        ({"eps": -1.0}, "eps must be >= 0"),
+        ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), got 1.0"),
+        ({"modulation": "scale"}, r"modulation must be one of \('film', 'add'\), got 'scale'"),
+        ({"downsample": ["conv", "pool"]}, r"downsample must hold 1 names, got \('conv', 'pool'\)"),
+        ({"upsample": ("bilinear",)}, "upsample must be one of .*, got 'bilinear'"),
+        ({"downsample_padding": 2}, r"downsample_padding must be one of \(0, 1\), got 2"),
+        ({"middle": "mlp"}, "middle must be one of"),
+        ({"middle_groups": 3}, "middle_groups must divide 128, got 3"),
+        ({"up_attention": (5,)}, r"up_attention must name grid sizes among \[16, 8\]"),
         ({"depth": 3}, r"config must hold known keys only, got \['depth'\]"),
     ],
     # one row for each rule

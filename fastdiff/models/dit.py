@@ -46,7 +46,7 @@ class DiTConfig:
         positions: "sincos" for fixed sinusoids, "learned" for a parameter that starts as those.
         time_scale: factor on `t` before the sinusoids: 1 for a discrete schedule (t up to 999),
             1000 for a flow (t up to 1).
-        time_shift: `shift` of `timestep_embedding`: 0 as in the paper's code, 1 as in diffusers.
+        time_shift: `freq_shift` of `timestep_embedding`: 0 as in the paper's code, 1 as in diffusers.
         mlp_eps: epsilon of the norm before the MLP; the other norms have 1e-6.
     """
 
@@ -313,7 +313,7 @@ class DiT(nn.Module):
         if tuple(t.shape) != (x.shape[0],):
             raise ValueError(f"DiT: t must have shape ({x.shape[0]},), got {tuple(t.shape)}")
         dtype = self.patches.weight.dtype
-        sinusoids = timestep_embedding(t * c.time_scale, _FREQUENCIES, shift=c.time_shift)
+        sinusoids = timestep_embedding(t * c.time_scale, _FREQUENCIES, freq_shift=c.time_shift)
         embedding: Tensor = self.time(sinusoids.to(dtype))
         if self.label is not None:
             embedding = embedding + self.label(self._labels(label, t))
