@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.models import _dit_keys
+from fastdiff.models._attention import attention
 from fastdiff.models.unet import timestep_embedding
 from fastdiff.ops import modulate
 
@@ -46,7 +47,7 @@ class DiTConfig:
         positions: "sincos" for fixed sinusoids, "learned" for a parameter that starts as those.
         time_scale: factor on `t` before the sinusoids: 1 for a discrete schedule (t up to 999),
             1000 for a flow (t up to 1).
-        time_shift: `freq_shift` of `timestep_embedding`: 0 as in the paper's code, 1 as in diffusers.
+        time_shift: of `timestep_embedding`: 0 in the code of the paper, 1 in diffusers.
         mlp_eps: epsilon of the norm before the MLP; the other norms have 1e-6.
     """
 
@@ -150,7 +151,7 @@ class DiTBlock(nn.Module):
         """`(N, L, width)` to the same shape."""
         n, tokens, width = x.shape
         q, k, v = self.qkv(x).view(n, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        h = F.scaled_dot_product_attention(q, k, v)
+        h = attention(q, k, v)
         out: Tensor = self.proj(h.transpose(1, 2).reshape(n, tokens, width))
         return out
 
