@@ -82,7 +82,7 @@ BENCHMARKS = (
 )
 
 # rows of the results that are no peers: the roofline, and our own other form
-_NO_PEERS = ("copy", "fastdiff, allocating")
+_NO_PEERS = ("copy", "clone", "fastdiff, allocating")
 
 
 def benchmark_table() -> str:

@@ -234,6 +234,22 @@ def test_a_sample_has_the_bits_that_it_has_alone(
 
 
 @needs_extension
+def test_results_that_bypass_the_caches_are_the_same() -> None:
+    """16 MB of x and result are written past the caches; a sample of them alone is not."""
+    for groups in (8, 0):
+        case = Case((2, 64, 256, 132), groups, torch.bfloat16, LAST)
+        x = case.x.clone()  # aligned, unlike that of a guard
+        assert 2 * x.nbytes >= 16 << 20
+        case.x = x
+        with use_backend("cpu"):
+            together = case()
+            case.x = x[1:]
+            case.tensors = {k: v if v is None or v.dim() == 1 else v[1:]
+                            for k, v in case.tensors.items()}  # fmt: skip
+            assert_same_bits(case(), together[1:])
+
+
+@needs_extension
 @pytest.mark.parametrize("fmt", (CONTIGUOUS, LAST), ids=str)
 def test_nan_and_infinity_stay_in_their_group(isa: str, fmt: torch.memory_format) -> None:
     for bad in (float("nan"), float("inf")):

@@ -102,12 +102,18 @@ inline void load_pairs(const uint16_t* from, Vec& even, Vec& odd) {
   odd = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
 }
 
+// Past the caches where `kStream`, to the start of a cache line.
+template <bool kStream>
 inline void store_pairs(uint16_t* to, Vec even, Vec odd) {
   alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
                                                       21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                                       11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
-  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), halves));
+  const __m512i ordered = _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), halves);
+  if (kStream)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), ordered);
+  else
+    _mm512_storeu_si512(to, ordered);
 }
 
 // 32 floats in the order of load_pairs.

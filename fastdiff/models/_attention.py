@@ -49,8 +49,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     each = max(1, _MOST_SCORES // (heads * tokens * tokens))
     if n <= each:
         return _products(q, k, v)
-    parts = zip(q.split(each), k.split(each), v.split(each), strict=True)
-    return torch.cat([_products(*part) for part in parts])
+    parts = [slice(i, i + each) for i in range(0, n, each)]
+    return torch.cat([_products(q[p], k[p], v[p]) for p in parts])
 
 
 def _products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
