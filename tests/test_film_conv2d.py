@@ -131,6 +131,15 @@ def test_compiles_without_a_graph_break() -> None:
         assert_same_bits(compiled(**tensors), block(**tensors))
 
 
+def test_autocast_runs_the_convolution_in_its_own_dtype() -> None:
+    a = _arguments(("gate",), torch.float32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        got = film_conv2d(**a)
+    low = {k: v.bfloat16() if isinstance(v, torch.Tensor) else v for k, v in a.items()}
+    exact = reference.film_conv2d(**_to(a, torch.float64))
+    assert_within_budget(got, reference.film_conv2d(**low), exact, 4.0)
+
+
 ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "x-type": ({"x": 1.0}, TypeError, "film_conv2d: x must be a tensor, got float"),
     "x-axes": ({"x": torch.ones(2, 32, 7)}, ValueError, "film_conv2d: x must have 4 axes, got (2"),

@@ -59,7 +59,9 @@ def film_conv2d(
         TypeError, ValueError: an argument breaks its rule.
         BackendError: the forced backend cannot do the passes around the convolution.
     """
-    _check(x, weight, num_groups, norm_weight, norm_bias, gate)
+    # autocast casts what goes into the convolution, so their dtypes need not agree
+    autocast = torch.is_autocast_enabled(x.device.type) if isinstance(x, torch.Tensor) else False
+    _check(x, weight, num_groups, norm_weight, norm_bias, gate, autocast)
     h = x
     if num_groups is not None:
         h = film_norm(x, num_groups, norm_weight, norm_bias, scale, shift, act, None, eps)
@@ -68,6 +70,8 @@ def film_conv2d(
     y = F.conv2d(h, weight, bias, stride, padding, dilation, groups)
     if residual is not None:
         check_tensor("film_conv2d", "residual", residual, x, tuple(y.shape))
+        if autocast:
+            residual = residual.to(y.dtype)
         if residual.dtype != y.dtype:
             raise TypeError(
                 f"film_conv2d: residual must have the dtype of x {y.dtype}, got {residual.dtype}"
@@ -87,6 +91,7 @@ def _check(
     norm_weight: torch.Tensor | None,
     norm_bias: torch.Tensor | None,
     gate: torch.Tensor | None,
+    autocast: bool,
 ) -> None:
     """What neither the convolution nor the passes around it say in their own words."""
     images: tuple[tuple[str, object], ...] = (("x", x), ("weight", weight))
@@ -95,7 +100,7 @@ def _check(
             raise TypeError(f"film_conv2d: {name} must be a tensor, got {type(t).__name__}")
         if t.dim() != 4:
             raise ValueError(f"film_conv2d: {name} must have 4 axes, got {tuple(t.shape)}")
-    if weight.dtype != x.dtype:
+    if weight.dtype != x.dtype and not autocast:
         raise TypeError(
             f"film_conv2d: weight must have the dtype of x {x.dtype}, got {weight.dtype}"
         )
