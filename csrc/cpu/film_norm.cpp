@@ -15,15 +15,17 @@ struct Affine {
   float *center, *slope, *offset;
 };
 
-#ifdef __AVX512BF16__
 // Where x and the result leave no room for each other in a cache, what is written need not be
-// fetched first: a third of what memory moves.
+// fetched first: a third of what memory moves. Every run must start where a line does.
 bool streams(const FdFilmNormArgs& a) {
   constexpr int64_t kCaches = int64_t{16} << 20;
-  return 2 * a.samples * a.channels * a.pixels * 2 >= kCaches &&
+  const int64_t size = a.dtype == kFloat32 ? 4 : 2;
+  const int64_t run = a.channels_last ? a.channels : a.pixels;
+  return 2 * a.samples * a.channels * a.pixels * size >= kCaches && run * size % 64 == 0 &&
          reinterpret_cast<uintptr_t>(a.out) % 64 == 0;
 }
 
+#ifdef __AVX512BF16__
 bool takes_pairs(const FdFilmNormArgs& a) {
   return a.channels_last && a.dtype == kBFloat16 && a.channels % 32 == 0;
 }
@@ -74,13 +76,17 @@ void modulate(const FdFilmNormArgs& a, int64_t sample, int64_t begin, int64_t en
 }
 
 template <int D, bool kSilu, bool kResidual>
-inline void apply(const FdFilmNormArgs& a, int64_t at, int n, Vec center, Vec slope, Vec offset) {
+inline void apply(const FdFilmNormArgs& a, int64_t at, int n, Vec center, Vec slope, Vec offset,
+                  bool stream) {
   Vec v = vec_load<D>(a.x, at, n);
   if (D == kFloat32) v = v - center;
   v = v * slope + offset;
   if (kSilu) v = vec_silu_scaled<D != kFloat32>(v);
   if (kResidual) v = v + vec_load<D>(a.residual, at, n);
-  vec_store<D>(v, a.out, at, n);
+  if (stream && n == kWidth)
+    vec_stream<D>(v, a.out, at);
+  else
+    vec_store<D>(v, a.out, at, n);
 }
 
 // Slope and offset in the order in which the second pass reads them.
@@ -146,7 +152,7 @@ void apply_pairs(const FdFilmNormArgs& a, int64_t sample, int64_t begin, int64_t
       apply_columns<1, kSilu, kResidual, kStream>(x + at + c, residual + at + c, out + at + c, rows,
                                          channels, by.slope + c, by.offset + c);
   }
-  if (kStream) _mm_sfence();  // another thread may read it next
+  if (kStream) vec_stream_end();
 }
 #endif
 
@@ -160,32 +166,36 @@ void apply_pixels(const FdFilmNormArgs& a, int64_t sample, int64_t begin, int64_
                       : apply_pairs<kSilu, kResidual, false>(a, sample, begin, end, by);
   }
 #endif
+  const bool stream = streams(a);
   const int64_t channels = a.channels, whole = channels / kWidth * kWidth;
   const int rest = static_cast<int>(channels - whole);
   for (int64_t pixel = begin; pixel < end; ++pixel) {
     const int64_t at = (sample * a.pixels + pixel) * channels;
     for (int64_t c = 0; c < whole; c += kWidth)
       apply<D, kSilu, kResidual>(a, at + c, kWidth, vec_load<kFloat32>(by.center, c),
-                                 vec_load<kFloat32>(by.slope, c), vec_load<kFloat32>(by.offset, c));
+                                 vec_load<kFloat32>(by.slope, c), vec_load<kFloat32>(by.offset, c), stream);
     if (rest)
       apply<D, kSilu, kResidual>(a, at + whole, rest, vec_load<kFloat32>(by.center, whole, rest),
                                  vec_load<kFloat32>(by.slope, whole, rest),
-                                 vec_load<kFloat32>(by.offset, whole, rest));
+                                 vec_load<kFloat32>(by.offset, whole, rest), stream);
   }
+  if (stream) vec_stream_end();
 }
 
 // One channel of a sample whose pixels are the fastest axis.
 template <int D, bool kSilu, bool kResidual>
 void apply_channel(const FdFilmNormArgs& a, int64_t sample, int64_t channel, const Affine& by) {
+  const bool stream = streams(a);
   const int64_t at = (sample * a.channels + channel) * a.pixels;
   const int64_t whole = a.pixels / kWidth * kWidth;
   const Vec center = vec_set(by.center[channel]), slope = vec_set(by.slope[channel]),
             offset = vec_set(by.offset[channel]);
   for (int64_t i = 0; i < whole; i += kWidth)
-    apply<D, kSilu, kResidual>(a, at + i, kWidth, center, slope, offset);
+    apply<D, kSilu, kResidual>(a, at + i, kWidth, center, slope, offset, stream);
   if (whole < a.pixels)
     apply<D, kSilu, kResidual>(a, at + whole, static_cast<int>(a.pixels - whole), center, slope,
-                               offset);
+                               offset, stream);
+  if (stream) vec_stream_end();
 }
 
 // --- the two layouts ----------------------------------------------------------------------

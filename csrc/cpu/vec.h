@@ -79,6 +79,20 @@ inline void vec_store(Vec v, void* to, int64_t at, int n = kWidth) {
     _mm256_mask_storeu_epi16(p, mask, half);
 }
 
+// Past the caches, to a multiple of the size of what is written.
+template <int D>
+inline void vec_stream(Vec v, void* to, int64_t at) {
+  if (D == kFloat32) {
+    _mm512_stream_ps(static_cast<float*>(to) + at, v);
+    return;
+  }
+  const __m256i half =
+      D == kFloat16 ? _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT) : vec_to_bf16(v);
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(static_cast<uint16_t*>(to) + at), half);
+}
+
+inline void vec_stream_end() { _mm_sfence(); }  // another thread may read it next
+
 template <bool kFast>
 inline Vec vec_silu_scaled(Vec t) {
   const Vec f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF);  // t - floor(t)
@@ -171,6 +185,13 @@ inline void vec_store(Vec v, void* to, int64_t at, int n = kWidth) {
   }
   std::memcpy(static_cast<uint16_t*>(to) + at, &h, n * sizeof(uint16_t));
 }
+
+template <int D>
+inline void vec_stream(Vec v, void* to, int64_t at) {
+  vec_store<D>(v, to, at);
+}
+
+inline void vec_stream_end() {}
 
 // NaN passes through
 inline Vec vec_clamp(Vec v, float bound) {
