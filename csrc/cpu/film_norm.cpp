@@ -190,8 +190,13 @@ void apply_channel(const FdFilmNormArgs& a, int64_t sample, int64_t channel, con
   const int64_t whole = a.pixels / kWidth * kWidth;
   const Vec center = vec_set(by.center[channel]), slope = vec_set(by.slope[channel]),
             offset = vec_set(by.offset[channel]);
-  for (int64_t i = 0; i < whole; i += kWidth)
+  // the next group is asked for while this one computes: its sums would wait for memory
+  const int64_t size = D == kFloat32 ? 4 : 2, next = a.groups ? a.channels / a.groups * a.pixels : 0;
+  const char* ahead = static_cast<const char*>(a.x) + (at + next) * size;
+  for (int64_t i = 0; i < whole; i += kWidth) {
+    if (next) __builtin_prefetch(ahead + i * size, 0, 2);
     apply<D, kSilu, kResidual>(a, at + i, kWidth, center, slope, offset, stream);
+  }
   if (whole < a.pixels)
     apply<D, kSilu, kResidual>(a, at + whole, static_cast<int>(a.pixels - whole), center, slope,
                                offset, stream);
