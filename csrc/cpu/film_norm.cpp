@@ -15,6 +15,8 @@ struct Affine {
   float *center, *slope, *offset;
 };
 
+constexpr int64_t kSlab = int64_t{1} << 19;  // bytes of a sample of which a core's cache holds two
+
 // Where x and the result leave no room for each other in a cache, what is written need not be
 // fetched first: a third of what memory moves. Every run must start where a line does.
 bool streams(const FdFilmNormArgs& a) {
@@ -107,7 +109,7 @@ void arrange(const FdFilmNormArgs& a, const Affine& by) {
 template <int K, bool kSilu, bool kResidual, bool kStream>
 inline void apply_columns(const uint16_t* x, const uint16_t* residual, uint16_t* out,
                           int64_t pixels, int64_t stride, const float* slopes,
-                          const float* offsets) {
+                          const float* offsets, int64_t ahead) {
   Vec slope[2 * K], offset[2 * K];
   for (int k = 0; k < 2 * K; ++k) {
     slope[k] = _mm512_load_ps(slopes + 16 * k);
@@ -115,7 +117,10 @@ inline void apply_columns(const uint16_t* x, const uint16_t* residual, uint16_t*
   }
   for (int64_t i = 0; i < pixels * stride; i += stride) {
     Vec v[2 * K];
-    for (int k = 0; k < K; ++k) load_pairs(x + i + 32 * k, v[2 * k], v[2 * k + 1]);
+    for (int k = 0; k < K; ++k) {
+      if (ahead) __builtin_prefetch(x + i + 32 * k + ahead, 0, 2);
+      load_pairs(x + i + 32 * k, v[2 * k], v[2 * k + 1]);
+    }
     for (int k = 0; k < 2 * K; ++k) v[k] = v[k] * slope[k] + offset[k];
     for (int k = 0; kSilu && k < 2 * K; ++k) v[k] = vec_silu_scaled<true>(v[k]);
     for (int k = 0; k < K; ++k) {
@@ -136,6 +141,8 @@ inline void apply_columns(const uint16_t* x, const uint16_t* residual, uint16_t*
 template <bool kSilu, bool kResidual, bool kStream>
 void apply_pairs(const FdFilmNormArgs& a, int64_t sample, int64_t begin, int64_t end,
                  const Affine& by) {
+  // the next sample is asked for while this one computes, where a cache holds both
+  const int64_t slab = a.pixels * a.channels, ahead = 2 * slab <= kSlab ? slab : 0;
   constexpr int64_t kRows = 16;  // few enough to stay in L1 from one block of channels to the next
   constexpr int kPairs = 2;
   const int64_t channels = a.channels, first = sample * a.pixels * channels;
@@ -147,10 +154,10 @@ void apply_pairs(const FdFilmNormArgs& a, int64_t sample, int64_t begin, int64_t
     int64_t c = 0;
     for (; c + 32 * kPairs <= channels; c += 32 * kPairs)
       apply_columns<kPairs, kSilu, kResidual, kStream>(x + at + c, residual + at + c, out + at + c, rows,
-                                              channels, by.slope + c, by.offset + c);
+                                              channels, by.slope + c, by.offset + c, ahead);
     for (; c < channels; c += 32)
       apply_columns<1, kSilu, kResidual, kStream>(x + at + c, residual + at + c, out + at + c, rows,
-                                         channels, by.slope + c, by.offset + c);
+                                         channels, by.slope + c, by.offset + c, ahead);
   }
   if (kStream) vec_stream_end();
 }

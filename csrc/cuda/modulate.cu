@@ -118,7 +118,7 @@ extern "C" __global__ void __launch_bounds__(256)
       } else {
         second = share * sum_of_token(first, shared);
       }
-      rstd = 1.0f / sqrtf(second + eps);
+      rstd = 1.0f / fd_sqrt(second + eps);
     }
     if (!FD_HAS_OUT) continue;
     each(FD_NORM == 0 && FD_KEEP == 0, [&](int64_t c, const float* v) {
