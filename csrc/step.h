@@ -30,7 +30,9 @@ enum FdRowFloat : int {
   kCIn = 24,      // model_input = kCIn x'
   kLvScale = 25,  // first draw is multiplied by exp(kLvScale v + kLvShift)
   kLvShift = 26,
-  kRowFloats = 28
+  kPushX = 27,    // the history takes kPushX x + kPushD d
+  kPushD = 28,
+  kRowFloats = 32
 };
 enum FdRowInt : int {
   kFlags = 0,

@@ -5,7 +5,7 @@ A row, with one model evaluation, says::
     m  = guidance(model outputs)
     d  = clip(p*x + q*m)
     x' = sum of a[term] * term         y' = sum of b[term] * term     (two-output rows only)
-    history <- push d                                                  (where the row says so)
+    history <- push (e*x + f*d)                                        (where the row says so)
     model_input = c_in of the next row * x'
 
 over the terms of `TERMS`. Noise is no slot: a row names the counters of its draws, so a later row
@@ -26,7 +26,8 @@ TERMS = ("x", "y", "m", "d", "h0", "h1", "h2", "h3", "n1", "n2", "u")
 HISTORY_SLOTS = 4
 
 # Positions in a packed row; equal to FdRowFloat and FdRowInt in csrc/step.h.
-P, Q, A, B, C_IN, LV_SCALE, LV_SHIFT, ROW_FLOATS = 0, 1, 2, 13, 24, 25, 26, 28
+P, Q, A, B, C_IN, LV_SCALE, LV_SHIFT, PUSH_X, PUSH_D = 0, 1, 2, 13, 24, 25, 26, 27, 28
+ROW_FLOATS = 32
 FLAGS, PUSH, STREAM1, COUNTER1, STREAM2, COUNTER2, ROW_INTS = 0, 1, 2, 3, 4, 5, 8
 EVALUATES, LEARNED_VARIANCE = 1, 2
 
@@ -44,7 +45,9 @@ class Row:
         time: model time of the evaluation, NaN for a row without one.
         alpha, sigma: of the state before the row (``x = alpha*x0 + sigma*noise``).
         convert: (p, q) of the converted prediction ``d = p*x + q*m``.
-        push: whether d enters the history.
+        push: what enters the history: False for nothing, True for d, or (e, f) for e*x + f*d: a
+            noise or slope prediction, which depends on the state of its own row and so can not be
+            put together from d and x later.
         draws: up to two (stream, counter) pairs, of the terms n1 and n2.
         log_variance: (scale, shift): n1 is multiplied by ``exp(scale*v + shift)`` with v the
             model's variance output (Nichol and Dhariwal 2021, eq. 15).
@@ -58,7 +61,7 @@ class Row:
     alpha: float = 1.0
     sigma: float = 0.0
     convert: tuple[float, float] = (0.0, 1.0)
-    push: bool = False
+    push: bool | tuple[float, float] = False
     draws: tuple[tuple[int, int], ...] = ()
     log_variance: tuple[float, float] | None = None
     evaluates: bool = True
@@ -142,7 +145,7 @@ class StepTable:
         floats[:, C_IN] = [row.c_in for row in rows[1:]] + [1.0]
         for k, i in enumerate(push_row):
             if k not in read:  # nobody reads it: spare the write
-                ints[i, PUSH] = -1
+                ints[i, PUSH], floats[i, PUSH_X : PUSH_D + 1] = -1, 0.0
         fits = np.abs(floats) <= np.finfo(np.float32).max  # NaN does not
         if not fits.all():
             bad = int(np.argwhere(~fits)[0, 0])
@@ -278,7 +281,7 @@ def _check(name: str, i: int, row: Row, pushed: int, anchored: bool) -> None:
         raise ValueError(f"{where} have streams and counters in [0, 2**31), got {row.draws}")
     if len(row.draws) > 2:
         raise ValueError(f"{where} draw noise at most twice, got {len(row.draws)} draws")
-    if row.push and not row.evaluates:
+    if row.push is not False and not row.evaluates:
         raise ValueError(f"{where} evaluate the model to push a prediction, got push=True")
     if row.evaluates and not np.isfinite(row.time):
         raise ValueError(f"{where} have a finite time to evaluate the model at, got {row.time}")
@@ -293,7 +296,11 @@ def _write(floats: np.ndarray, ints: np.ndarray, row: Row, pushed: int, depth: i
                     floats[start + TERMS.index("h0") + (pushed - 1 - _age(term)) % depth] += c
             else:
                 floats[start + TERMS.index(term)] = c
-    ints[PUSH] = pushed % depth if row.push and depth else -1
+    if row.push and depth:
+        ints[PUSH] = pushed % depth
+        floats[PUSH_X : PUSH_D + 1] = (0.0, 1.0) if row.push is True else row.push
+    else:
+        ints[PUSH] = -1
     draws = (*row.draws, _NO_DRAW, _NO_DRAW)
     ints[STREAM1], ints[COUNTER1] = draws[0]
     ints[STREAM2], ints[COUNTER2] = draws[1]

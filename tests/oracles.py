@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,6 +34,7 @@ class Problem:
         clip: bound of x0, or None.
         rederive: whether the noise is derived again from the clipped x0.
         sigma_data: of the EDM preconditioning.
+        uncond: raw unconditional output, for CFG++; None where the solver has no use for it.
     """
 
     times: Array
@@ -46,6 +48,7 @@ class Problem:
     clip: float | None = None
     rederive: bool = True
     sigma_data: float = 0.5
+    uncond: Callable[[Array, float], Array] | None = None
 
     @property
     def steps(self) -> int:
@@ -95,6 +98,36 @@ class Problem:
     @property
     def levels(self) -> list[float]:
         return [s / a if a else math.inf for a, s in zip(self.alphas, self.sigmas, strict=True)]
+
+
+MIX = np.random.default_rng(3).normal(size=(3, 3)) / 3
+
+
+def variance_output(x, t):
+    """A network's learned variance, in [-1, 1]."""
+    return np.tanh(x @ MIX.T - 0.2)
+
+
+class Case(NamedTuple):
+    """A solver with options, and what it is held against.
+
+    Args:
+        solver: name in fastdiff's SOLVERS.
+        options: of its builder.
+        oracle: the states after each row, from a problem and the initial state.
+        reason: why the case is there.
+        kinds: of schedule on which the solver is defined.
+        signal: whether it needs a grid that begins with alpha > 0.
+        converges: whether its order of convergence is measured (with these options).
+    """
+
+    solver: str
+    options: dict
+    oracle: Callable[[Problem, Array], list]
+    reason: str
+    kinds: tuple[str, ...] = ("discrete", "edm", "flow")
+    signal: bool = False
+    converges: bool = True
 
 
 # --- Ho et al. 2020 (arXiv:2006.11239) ------------------------------------------------------

@@ -11,11 +11,14 @@ import pytest
 import torch
 from rows import run
 from scipy.integrate import solve_ivp
+from solver_cases import CASES as EQUAL
+from solver_cases import ORDERS
 
 import fastdiff
 from fastdiff import schedules, solvers
 from fastdiff.ops.reverse_step import reverse_step
 
+CASES = EQUAL | ORDERS
 SCHEDULES = {
     "vp": (schedules.linear(), "discrete, at fractional times"),
     "cosine": (schedules.cosine(max_beta=0.2), "discrete, another curve"),
@@ -80,27 +83,36 @@ def exact_mixture(name):
     return float(schedule.alpha(schedule.t_min)) * found.y[:, -1]
 
 
-DETERMINISTIC = {
-    "ddim": ("ddim", {}, "first order"),
-    "euler": ("euler", {}, "the same"),
-    "heun": ("heun", {}, "two evaluations"),
-    "dpmpp_2m": ("dpmpp_2m", {}, "one evaluation and one kept"),
-    "dpmpp_2m-heun": ("dpmpp_2m", {"solver_type": "heun"}, "the other second order"),
-    "dpmpp_2m_sde": ("dpmpp_2m_sde", {"eta": 0.0}, "its ODE"),
-}
 SMOOTH = {
     "discrete": ("karras", "exponential"),
     "edm": ("karras", "exponential"),
     "flow": ("linspace", "karras", "exponential"),
 }
+
+
+def measured(stochastic: bool) -> list[str]:
+    """Cases whose order is measured, by whether they draw noise."""
+    for case in CASES:
+        assert set(CASES[case].kinds) & set(SMOOTH), case
+    return [c for c in CASES if CASES[c].converges and draws_noise(c) == stochastic]
+
+
+def draws_noise(case):
+    schedule = next(s for s, _ in SCHEDULES.values() if s.kind in CASES[case].kinds)
+    return solvers.build(
+        CASES[case].solver, schedule, 4, prediction="sample",
+        spacing="karras", final="sigma_min", **CASES[case].options,
+    ).stochastic  # fmt: skip
+
+
 # The last halving of the step is measured here. On a flow, dpmpp_2m starts with two steps of first
 # order (log-SNR is infinite at t = 1), and its order nears 2 as slowly as 1/log(steps).
 STEPS = (150, 300)
 FAR = 0.25  # from the stated order
 
 
-def tables(case, cases, schedule, spacing, steps=STEPS):
-    solver, options, *_ = cases[case]
+def tables(case, schedule, spacing, steps=STEPS):
+    solver, options, *_ = CASES[case]
     for n in steps:
         yield solvers.build(
             solver, schedule, n,
@@ -110,9 +122,11 @@ def tables(case, cases, schedule, spacing, steps=STEPS):
 
 @pytest.mark.parametrize("data", ["gaussian", "mixture"])
 @pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("case", DETERMINISTIC)
+@pytest.mark.parametrize("case", measured(False))
 def test_order(case, name, data):
     schedule = SCHEDULES[name][0]
+    if schedule.kind not in CASES[case].kinds:
+        return  # refused, see test_solvers.py
     x = start(schedule)
     if data == "gaussian":
         x0, want = gaussian, exact_gaussian(schedule, x, schedule.t_min)
@@ -120,7 +134,7 @@ def test_order(case, name, data):
         x0, want = mixture, exact_mixture(name)
     for spacing in SMOOTH[schedule.kind]:
         errors = []
-        for table in tables(case, DETERMINISTIC, schedule, spacing):
+        for table in tables(case, schedule, spacing):
             got = run(table, x, network_of(table, x0), no_noise)[-1]
             errors.append(float(np.abs(got - want).max()))
         measured = math.log2(errors[0] / errors[1])
@@ -128,34 +142,6 @@ def test_order(case, name, data):
 
 
 # --- solvers with noise, on Gaussian data: the whole run is affine ---------------------------
-
-CHURN = {"s_churn": 5.0}  # below sqrt(2) - 1 a step, so that it thins out as steps are added
-STOCHASTIC = {
-    "ddpm": ("ddpm", {}, lambda p, x: oracles.ddpm(p, x, "fixed_small", None)),
-    "ddpm-large": (
-        "ddpm",
-        {"variance": "fixed_large"},
-        lambda p, x: oracles.ddpm(p, x, "fixed_large", None),
-    ),
-    "ddim": ("ddim", {"eta": 0.5}, lambda p, x: oracles.ddim(p, x, 0.5)),
-    "euler_ancestral": (
-        "euler_ancestral",
-        {},
-        lambda p, x: oracles.euler_ancestral(p, x, 1.0, 1.0),
-    ),
-    "euler": ("euler", CHURN, lambda p, x: oracles.euler(p, x, (5.0, 0.0, math.inf, 1.0))),
-    "heun": ("heun", CHURN, lambda p, x: oracles.heun(p, x, (5.0, 0.0, math.inf, 1.0))),
-    "dpmpp_2m_sde": (
-        "dpmpp_2m_sde",
-        {},
-        lambda p, x: oracles.dpmpp_2m_sde(p, x, 1.0, 1.0, "midpoint"),
-    ),
-    "dpmpp_2m_sde-heun": (
-        "dpmpp_2m_sde",
-        {"eta": 0.25, "solver_type": "heun"},  # at 0.5 the error on a flow crosses zero
-        lambda p, x: oracles.dpmpp_2m_sde(p, x, 0.25, 1.0, "heun"),
-    ),
-}
 
 
 def affine_network(table, size):
@@ -177,7 +163,7 @@ def moments(coefficients, mean, variance):
 
 def table_moments(table, mean, variance):
     size = 2 + len(table)
-    basis = np.eye(size)
+    basis = np.eye(size)  # a draw is known by its row
     end = run(table, basis[1], affine_network(table, size), lambda _, row: basis[2 + row])[-1]
     return moments(end, mean, variance)
 
@@ -188,14 +174,16 @@ def marginal(schedule, t):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("case", STOCHASTIC)
+@pytest.mark.parametrize("case", measured(True))
 def test_weak_order(case, name):
     """The variance at the end, computed without sampling, nears the data's at the stated order."""
     schedule = SCHEDULES[name][0]
+    if schedule.kind not in CASES[case].kinds:
+        return  # refused, see test_solvers.py
     mean, variance = marginal(schedule, schedule.t_min)
     for spacing in SMOOTH[schedule.kind]:
         errors = []
-        for table in tables(case, STOCHASTIC, schedule, spacing):
+        for table in tables(case, schedule, spacing):
             got = table_moments(table, *marginal(schedule, schedule.t_max))
             # an affine denoiser keeps the mean exactly: what is left is rounding, once a row
             assert abs(got[0] - mean) <= len(table) * np.finfo(float).eps
@@ -209,12 +197,14 @@ DEVIATIONS = 5.0  # a true run leaves this band once in 1.7 million checks
 
 
 @pytest.mark.parametrize("name", ["vp", "edm"])
-@pytest.mark.parametrize("case", STOCHASTIC)
+@pytest.mark.parametrize("case", measured(True))
 def test_sampled_moments(case, name):
     """A run with the library's noise against the mean and variance of the source's recursion."""
     schedule = SCHEDULES[name][0]
+    if schedule.kind not in CASES[case].kinds:
+        return  # refused, see test_solvers.py
     steps = 12
-    (table,) = tables(case, STOCHASTIC, schedule, "karras", (steps,))
+    (table,) = tables(case, schedule, "karras", (steps,))
     grid = schedule.points(steps, "karras", "sigma_min")
     size = 2 + len(table)
     basis = np.eye(size)
@@ -224,7 +214,7 @@ def test_sampled_moments(case, name):
         noise=lambda _, row: basis[2 + row], kind=schedule.kind,
         time_of=lambda level: float(schedule.time(level)),
     )  # fmt: skip
-    mean, variance = moments(STOCHASTIC[case][2](p, basis[1])[-1], 0.0, schedule.init_sigma**2)
+    mean, variance = moments(CASES[case].oracle(p, basis[1])[-1], 0.0, schedule.init_sigma**2)
     by_table = table_moments(table, 0.0, schedule.init_sigma**2)
     # the scale of the rounding: coefficients of the first state times its own size, once a row
     rounding = 8 * size * np.finfo(float).eps * schedule.init_sigma**2
@@ -233,10 +223,10 @@ def test_sampled_moments(case, name):
     seeds = torch.arange(SAMPLES[0])
     x = schedule.init_sigma * fastdiff.randn(seeds.tolist(), SAMPLES[1:])
     network = network_of(table, gaussian)
-    history = torch.empty((max(table.depth, 1), *SAMPLES))
+    history, y = torch.empty((max(table.depth, 1), *SAMPLES)), torch.empty(SAMPLES)
     for i, row in enumerate(table.rows):
         output = network(x.double(), row.time).float() if row.evaluates else None
-        x = reverse_step(x, output, table, i, seeds=seeds, history=history)
+        x = reverse_step(x, output, table, i, seeds=seeds, history=history, y=y)
     x = x.double()
     n = x.numel()
     assert abs(float(x.mean()) - mean) < DEVIATIONS * math.sqrt(variance / n)

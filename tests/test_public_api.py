@@ -141,7 +141,8 @@ def test_terms_are_those_of_the_header() -> None:
 
 # C enumerator -> constant of table.py
 ROW_FLOATS = {"kP": "P", "kQ": "Q", "kA": "A", "kB": "B", "kCIn": "C_IN", "kLvScale": "LV_SCALE",
-              "kLvShift": "LV_SHIFT", "kRowFloats": "ROW_FLOATS"}  # fmt: skip
+              "kLvShift": "LV_SHIFT", "kPushX": "PUSH_X", "kPushD": "PUSH_D",
+              "kRowFloats": "ROW_FLOATS"}  # fmt: skip
 ROW_INTS = {"kFlags": "FLAGS", "kPush": "PUSH", "kStream1": "STREAM1", "kCounter1": "COUNTER1",
             "kStream2": "STREAM2", "kCounter2": "COUNTER2", "kRowInts": "ROW_INTS"}  # fmt: skip
 FLAGS = {"kEvaluates": "EVALUATES", "kLearnedVariance": "LEARNED_VARIANCE"}

@@ -2,41 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
-import types
-
 import numpy as np
 import pytest
 import torch
+from peers import k_sampling
 from rows import run
-from test_solvers import assert_same, draws, problem_of, start
+from solver_cases import assert_same, draws, problem_of, start
 
 from fastdiff import schedules, solvers
-
-
-def k_sampling():
-    """k_diffusion.sampling alone: the package itself imports torchvision, wandb and CLIP."""
-    why = "k-diffusion (with torchdiffeq, torchsde and tqdm) is not installed"
-    for needed in ("torchdiffeq", "torchsde", "scipy", "tqdm"):
-        pytest.importorskip(needed, reason=why)
-    if "k_diffusion.sampling" in sys.modules:
-        return sys.modules["k_diffusion.sampling"]
-    found = importlib.util.find_spec("k_diffusion")
-    if found is None:
-        pytest.skip(why)
-    package, utils = types.ModuleType("k_diffusion"), types.ModuleType("k_diffusion.utils")
-    package.__path__ = list(found.submodule_search_locations)
-    utils.append_dims = lambda x, n: x[(...,) + (None,) * (n - x.ndim)]
-    package.utils = utils
-    sys.modules |= {"k_diffusion": package, "k_diffusion.utils": utils}
-    try:
-        return importlib.import_module("k_diffusion.sampling")
-    finally:  # leave no half of a package behind
-        for name in ("k_diffusion", "k_diffusion.utils"):
-            del sys.modules[name]
-
 
 CHURN = {"s_churn": 3.0, "s_noise": 1.003}
 K_CASES = {

@@ -14,113 +14,20 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from peers import (
+    EPS,
+    Peer,
+    assert_within,
+    fixed_draw,
+    grid_of,
+    outputs_of,
+    run_with_budget,
+    schedule_of,
+)
 from rows import run
-from test_solvers import SHAPE, assert_same, draws, problem_of, start
+from solver_cases import SHAPE, assert_same, draws, problem_of, start
 
-from fastdiff import schedules, solvers
-from fastdiff.schedules import Grid
-
-EPS = float(np.finfo(np.float32).eps)
-ROUNDINGS = 8  # a term's own scale (2), conversion (2), product (1), sum (1) and clean-up (2)
-
-
-def schedule_of(scheduler):
-    """The schedule of a scheduler's own float32 alphabar, so that only its steps can differ."""
-    abar = scheduler.alphas_cumprod.double().numpy()
-    return schedules.from_betas(1 - abar / np.concatenate([[1.0], abar[:-1]]))
-
-
-def grid_of(scheduler):
-    """The points of a scheduler that counts in sigma/alpha."""
-    levels = scheduler.sigmas.double().numpy()
-    levels = np.concatenate([levels[:1], levels[1:][np.diff(levels) != 0]])  # Heun has them twice
-    times = np.concatenate([np.unique(scheduler.timesteps.double().numpy())[::-1], [-1.0]])
-    return Grid(times[-len(levels) :], 1 / np.hypot(1, levels), levels / np.hypot(1, levels))
-
-
-def outputs_of(table):
-    """One fixed output for each evaluation, exact in float32."""
-    rng = np.random.default_rng(5)
-    return [rng.normal(size=SHAPE).astype(np.float32).astype(float) for _ in range(table.nfe)]
-
-
-def fixed_draw(stream, counter):
-    return draws(stream, counter).astype(np.float32).astype(float)
-
-
-def run_with_budget(table, x, outputs, *, clip=None, variance=None):
-    """States in units of x0 (divided by alpha), and what float32 may be off by after each row.
-
-    A rounding is EPS/2 of the number rounded; a term of a row takes at most ROUNDINGS of them. The
-    weights of the x0 prediction and of the noise hang on differences of levels: h, a difference of
-    logarithms up to |lambda| in size, each rounded, is off by EPS*(1 + 2|lambda|)/h of itself. In
-    units of x0 an error made once is carried on with factors of at most 1.
-    """
-    feed = iter(outputs)
-    states = run(table, x, lambda *_: next(feed), fixed_draw, clip=clip, variance=variance)
-    befores, feed = [x, *states[:-1]], iter(outputs)
-    after = [*((row.alpha, row.sigma) for row in table.rows[1:]), (1.0, 0.0)]
-    scaled, budgets, pushed = [], [], []
-    total = EPS / 2 * np.abs(x).max() / (table.rows[0].alpha or 1.0)
-    for row, before, state, (alpha, sigma) in zip(table.rows, befores, states, after, strict=True):
-        size = {"x": np.abs(before).max(), "n1": np.abs(fixed_draw(1, len(budgets))).max()}
-        if row.evaluates:
-            size["m"] = np.abs(next(feed)).max()
-            size["d"] = abs(row.convert[0]) * size["x"] + abs(row.convert[1]) * size["m"]
-        if pushed:
-            size["h0"] = pushed[-1]
-        if row.push:
-            pushed.append(size["d"])
-        amount = sum(abs(c) * size[k] for k, c in row.x.items())
-        if row.alpha and sigma and (row.alpha, row.sigma) != (alpha, sigma):
-            lam = math.log(row.alpha / row.sigma), math.log(alpha / sigma)
-            off = (1 + 2 * max(map(abs, lam))) / abs(lam[1] - lam[0])
-            amount += off * sum(abs(c) * size[k] for k, c in row.x.items() if k != "x")
-        total += EPS / 2 * ROUNDINGS * amount / alpha
-        budgets.append(total)
-        scaled.append(state / alpha)
-    return scaled, budgets
-
-
-def assert_within(peer, ours, budgets, label):
-    assert len(peer) == len(ours)
-    for i, (g, w, b) in enumerate(zip(peer, ours, budgets, strict=True)):
-        worst = float(np.abs(g - w).max())
-        assert worst <= b, (label, i, worst, b)
-    # the budget must be able to notice a wrong coefficient
-    assert budgets[-1] < 0.02 * max(np.abs(w).max() for w in ours), (label, budgets[-1])
-
-
-class Peer:
-    """Drives a scheduler: the same outputs and noise, states in units of x0."""
-
-    def __init__(self, scheduler, steps, monkeypatch):
-        self.scheduler, self.steps = scheduler, steps
-        scheduler.set_timesteps(steps)
-        self.row = 0
-        module = sys.modules[type(scheduler).__module__]
-        if hasattr(module, "randn_tensor"):
-            monkeypatch.setattr(module, "randn_tensor", self.randn)
-        self.stream = 1
-
-    def randn(self, shape, **_):
-        return torch.from_numpy(fixed_draw(self.stream, self.row)).float()
-
-    def states(self, x, outputs, alphas, *, levels, variance=None, **kwargs):
-        """`levels`: the scheduler's sample is x/alpha."""
-        s = self.scheduler
-        sample = torch.from_numpy(x / (alphas[0] if levels else 1.0)).float()
-        states = []
-        for t, m, alpha in zip(s.timesteps, outputs, alphas[1:], strict=False):
-            s.scale_model_input(sample, t)
-            m = torch.from_numpy(m).float()
-            if variance is not None:
-                m = torch.cat([m, torch.from_numpy(variance).float()], dim=1)
-            sample = s.step(m, t, sample, **kwargs).prev_sample
-            self.row += 1
-            states.append(sample.double().numpy() / (1.0 if levels else alpha))
-        return states
-
+from fastdiff import solvers
 
 BETAS = [
     ("linear", "DDPM"),

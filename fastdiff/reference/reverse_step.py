@@ -17,6 +17,8 @@ from fastdiff.table import (
     LV_SCALE,
     LV_SHIFT,
     PUSH,
+    PUSH_D,
+    PUSH_X,
     STREAM1,
     TERMS,
     A,
@@ -81,7 +83,7 @@ def reference_row(
     guidance: torch.Tensor | float,
     clip: torch.Tensor | float | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """One row in plain PyTorch, the definition of the arithmetic: x', y' and the pushed d.
+    """One row in plain PyTorch, the definition of the arithmetic: x', y' and what is pushed.
 
     Differentiable; float32 for the bits of the kernels, float64 for an accurate answer.
     """
@@ -118,4 +120,13 @@ def reference_row(
     n_terms = len(TERMS)
     new_x = _combine(row[A : A + n_terms], terms, x)
     new_y = _combine(row[B : B + n_terms], terms, x) if row[B : B + n_terms].any() else None
-    return new_x, new_y, terms["d"] if info[PUSH] >= 0 else None
+    pushed = None
+    if info[PUSH] >= 0:
+        pushed = terms["d"]
+        e, f = float(row[PUSH_X]), float(row[PUSH_D])
+        if (e, f) != (0.0, 1.0):
+            pushed = torch.zeros_like(x)
+            for c, t in ((e, x), (f, terms["d"])):
+                if c != 0.0:
+                    pushed = pushed + c * t
+    return new_x, new_y, pushed

@@ -69,6 +69,19 @@ def x0_conversion(prediction: str, at: Point, sigma_data: float) -> tuple[float,
     return 0.0, 1.0
 
 
+def epsilon(at: Point) -> tuple[float, float]:
+    """(e, f) of the noise prediction e*x + f*d at a point with x0 prediction d.
+
+    It is also the slope dx_ve/dr of k-diffusion, where x_ve = x/alpha and r = sigma/alpha.
+    """
+    return 1 / at.sigma, -at.alpha / at.sigma
+
+
+def velocity(at: Point) -> tuple[float, float]:
+    """(e, f) of the slope dx/dt = noise - x0 of a flow (alpha = 1 - t, sigma = t)."""
+    return 1 / at.sigma, -1 / at.sigma
+
+
 class Walk:
     """The points a solver visits and the rows it has laid so far."""
 
@@ -97,23 +110,30 @@ class Walk:
         at: Point,
         x: Mapping[str, float],
         *,
+        y: Mapping[str, float] | None = None,
         noise: float = 0.0,
-        push: bool = False,
+        draws: tuple[tuple[int, int], ...] = (),
+        push: bool | tuple[float, float] = False,
         log_variance: tuple[float, float] | None = None,
     ) -> None:
-        """A row that evaluates the model at a point and, where `noise` is not 0, adds a draw."""
+        """A row that evaluates the model at a point and, where `noise` is not 0, adds a draw.
+
+        A row with draws of its own (two, or an earlier row's again) names them in `draws` and
+        gives their coefficients in x as "n1" and "n2".
+        """
         time, c_in = at.time, 1.0
         if self.prediction == "edm":
             time, c_in = math.log(at.sigma) / 4, 1 / math.hypot(at.sigma, self.schedule.sigma_data)
         self.rows.append(
             Row(
                 x={**x, "n1": noise} if noise else dict(x),
+                y=y,
                 time=time,
                 alpha=at.alpha,
                 sigma=at.sigma,
                 convert=self.conversion(at),
                 push=push,
-                draws=((STEP, len(self.rows)),) if noise else (),
+                draws=((STEP, len(self.rows)),) if noise else draws,
                 log_variance=log_variance if noise else None,
                 c_in=c_in,
             )
@@ -139,6 +159,10 @@ class Walk:
         if self.schedule.kind == "flow":
             return Point(time, 1 / (1 + ratio), ratio / (1 + ratio))
         return Point(time, 1 / math.hypot(1, ratio), ratio / math.hypot(1, ratio))
+
+    def at_time(self, time: float) -> Point:
+        """The point of a time of the schedule."""
+        return Point(time, float(self.schedule.alpha(time)), float(self.schedule.sigma(time)))
 
     def table(self, name: str, order: int) -> StepTable:
         """The finished table."""
