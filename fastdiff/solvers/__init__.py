@@ -17,18 +17,23 @@ import numpy as np
 from fastdiff.schedules import SPACINGS, Grid, Schedule
 from fastdiff.solvers._checks import choice
 from fastdiff.solvers._walk import PREDICTIONS, Walk
+from fastdiff.solvers.adams import deis, gradient_estimation, ipndm, ipndm_v, lms
 from fastdiff.solvers.ddim import ddim
 from fastdiff.solvers.ddpm import ddpm
 from fastdiff.solvers.dpmpp import dpmpp_2m, dpmpp_2m_sde
 from fastdiff.solvers.euler import euler, euler_ancestral
 from fastdiff.solvers.heun import heun
+from fastdiff.solvers.pndm import plms, pndm
 from fastdiff.table import StepTable
 
 __all__ = ["PREDICTIONS", "SOLVERS", "build", "build_on"]
 
 SOLVERS: dict[str, Callable[..., StepTable]] = {
-    f.__name__: f for f in (ddpm, ddim, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde)
-}
+    f.__name__: f for f in (
+        ddpm, ddim, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde,
+        lms, ipndm, ipndm_v, deis, gradient_estimation, plms, pndm,
+    )
+}  # fmt: skip
 
 # the kinds of schedule on which a prediction has its meaning
 _KINDS = {"v_prediction": "discrete", "flow": "flow", "edm": "edm"}

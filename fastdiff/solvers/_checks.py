@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from numbers import Real
 
 
@@ -35,3 +36,13 @@ def flag(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"build: {name} must be True or False, got {type(value).__name__}")
     return value
+
+
+def integer(name: str, value: object, low: int, high: int) -> int:
+    """The option as an int in [low, high]."""
+    if isinstance(value, bool) or not hasattr(type(value), "__index__"):
+        raise TypeError(f"build: {name} must be an integer, got {type(value).__name__}")
+    v = operator.index(value)  # type: ignore[arg-type]
+    if not low <= v <= high:
+        raise ValueError(f"build: {name} must be an integer in [{low}, {high}], got {v}")
+    return v
