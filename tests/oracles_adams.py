@@ -180,8 +180,11 @@ def p_noise(p: Problem, x: Array, i: int) -> Array:
 # --- diff-sampler and ComfyUI: ipndm, ipndm_v, gradient_estimation --------------------------------
 
 
-def ipndm(p: Problem, x: Array, max_order: int, afs: bool = False) -> list:
-    """ipndm_sampler, with ComfyUI's last step; a step from an infinite level is DDIM's."""
+def ipndm(
+    p: Problem, x: Array, max_order: int, afs: bool = False, denoise_last: bool = True
+) -> list:
+    """ipndm_sampler, with ComfyUI's last step or that of iplms; a step from an infinite level is
+    DDIM's."""
     u, states, buffer = _coordinates(p), [], []
     for i in range(p.steps):
         h = u[i + 1] - u[i]
@@ -190,7 +193,7 @@ def ipndm(p: Problem, x: Array, max_order: int, afs: bool = False) -> list:
         else:
             d, first = _evaluate(p, x, i)
         order = min(max_order, i + 1)
-        if order == 1 or u[i + 1] == 0:
+        if order == 1 or (u[i + 1] == 0 and denoise_last):
             x = first
         else:
             if order == 2:
@@ -326,6 +329,10 @@ CASES = {
     "lms-3": Case("lms", {"order": 3}, _lms(3), "two older slopes", blends_last=True),
     "ipndm": Case("ipndm", {}, lambda p, x: ipndm(p, x, 4), "defaults"),
     "ipndm-1": Case("ipndm", {"max_order": 1}, lambda p, x: ipndm(p, x, 1), "no history"),
+    "ipndm-last": Case(
+        "ipndm", {"denoise_last": False}, lambda p, x: ipndm(p, x, 4, denoise_last=False),
+        "as diffusers", blends_last=True,
+    ),
     "ipndm-afs": Case(
         "ipndm", {"max_order": 3, "afs": True}, lambda p, x: ipndm(p, x, 3, True),
         "the analytic slope is read twice, then leaves", **BY_HAND,

@@ -91,24 +91,29 @@ def lms(walk: Walk, *, order: int = 4) -> StepTable:
     return walk.table("lms", _reached(walk, order))
 
 
-def ipndm(walk: Walk, *, max_order: int = 4, afs: bool = False) -> StepTable:
+def ipndm(
+    walk: Walk, *, max_order: int = 4, denoise_last: bool = True, afs: bool = False
+) -> StepTable:
     """Improved PNDM, Zhang and Chen 2023 (arXiv:2204.13902): the Adams-Bashforth weights of equal
     steps, on whatever steps there are.
 
-    Order 2 (1 with one slope), one evaluation a step, no noise, up to three slopes kept; the step
-    to clean data is of first order. Other names: sample_ipndm, ipndm_sampler, iplms of
-    v-diffusion, IPNDMScheduler.
+    Order 2 (1 with one slope), one evaluation a step, no noise, up to three slopes kept. Other
+    names: sample_ipndm, ipndm_sampler, iplms of v-diffusion, IPNDMScheduler.
 
     Args:
         max_order: most slopes in a step, 1 to 4; 1 is Euler.
+        denoise_last: the step to clean data ends on the last x0, as in ComfyUI; False takes the
+            older slopes there too, as IPNDMScheduler and iplms do.
         afs: take the first slope from data of N(0, 1), without an evaluation (Dockhorn et al. 2022,
             arXiv:2210.05475). Its error does not fall with the step, so the order is 1. No effect
             on a single step.
     """
     max_order, afs = integer("max_order", max_order, 1, 4), flag("afs", afs)
+    clean_order = 1 if flag("denoise_last", denoise_last) else max_order
     lay_multistep(
-        walk, Frame(walk), max_order, equal_weights, needs_u=False, clean_order=1, afs=afs
-    )
+        walk, Frame(walk), max_order, equal_weights,
+        needs_u=False, clean_order=clean_order, afs=afs,
+    )  # fmt: skip
     return walk.table("ipndm", 1 if afs else min(max_order, 2))
 
 
@@ -116,9 +121,9 @@ def ipndm_v(walk: Walk, *, max_order: int = 4, afs: bool = False) -> StepTable:
     """Variable-step Adams-Bashforth of diff-sampler: `lms` but for the step to clean data, which is
     of first order here.
 
-    The code of diff-sampler and ComfyUI has two slips in the weights, which this has not: a bracket
-    is missing from the third slope's and the fourth's ends in h1/h2 for h2/h3, so that four weights
-    add up to 1 only where the ratio of the steps is constant, and their order is 2.
+    The weights in the code of diff-sampler and ComfyUI have three slips, mended here: a bracket is
+    missing around 1 - h/(3 (h + h1)), a sign is turned in the third-order term, and the fourth
+    weight ends in h1/h2 for h2/h3, so that they do not even add up to 1 on uneven steps.
 
     Order, evaluations and history as `lms`. Other names: sample_ipndm_v, ipndm_v_sampler.
 
