@@ -17,7 +17,7 @@ from fastdiff.solvers._walk import Point, Step, Walk, epsilon, velocity
 from fastdiff.solvers.ddim import ancestral
 from fastdiff.table import Row
 
-# 64 nodes: the integrand of `vp_moments` is analytic within pi/2 of the real axis of log u, so that
+# 64 nodes: the integrand of `vp_weights` is analytic within pi/2 of the real axis of log u, so that
 # a step over a factor 40,000 of u (all of 80 to 0.002) is integrated to 16 digits
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(64)
 
@@ -83,7 +83,7 @@ def lagrange_weights(moments: Sequence[float], gaps: Sequence[float]) -> list[fl
 
     Args:
         moments: ``moments[k]`` is the integral of s^k, s the variable of the polynomial counted
-            from the current point; k from 0 to the number of gaps.
+            from the current point; k from 1 to the number of gaps (the first entry is not read).
         gaps: s of the older points, newest first.
 
     s and the gaps have opposite signs, so that each sum below has terms of one sign: no digits
@@ -142,17 +142,16 @@ def vp_weights(then: float, nodes: Sequence[float]) -> list[float]:
 
     Its integrals have no closed form; Gauss-Legendre in log u gives them to the last digits.
     """
-    now = nodes[0]
+    now, older = nodes[0], len(nodes) - 1
     half = math.log1p((then - now) / now) / 2
-    u = now * np.exp(half * (_NODES + 1))
-    s, measure = vp_time(now, u), half * _WEIGHTS * u
-    moments = [float(measure @ s**k) for k in range(len(nodes))]
-    return lagrange_weights(moments, [float(vp_time(now, np.float64(v))) for v in nodes[1:]])
-
-
-def vp_time(start: float, u: np.ndarray | np.float64) -> np.ndarray:
-    """t(u) - t(start), from the difference of the squares of d log(1 + u^2)/dt."""
+    u = np.concatenate([nodes[1:], now * np.exp(half * (_NODES + 1))])
+    # t(u) - t(now), as a difference of squares of d log(1 + u^2)/dt over their sum
     rate = np.sqrt(BETA_MIN**2 + 2 * BETA_D * np.log1p(u * u))
-    first = math.sqrt(BETA_MIN**2 + 2 * BETA_D * math.log1p(start * start))
-    grown = np.log1p((u - start) * (u + start) / (1 + start * start))
-    return np.asarray(2 * grown / (rate + first))
+    first = math.sqrt(BETA_MIN**2 + 2 * BETA_D * math.log1p(now * now))
+    s = 2 * np.log1p((u - now) * (u + now) / (1 + now * now)) / (rate + first)
+    at, power = s[older:], half * _WEIGHTS * u[older:]
+    moments = [0.0]  # no older slope needs the one of s^0
+    for _ in range(older):
+        power = power * at
+        moments.append(float(power.sum()))
+    return lagrange_weights(moments, s[:older].tolist())
