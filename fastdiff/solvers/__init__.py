@@ -25,16 +25,20 @@ from fastdiff.solvers.dpmpp import dpmpp_2m, dpmpp_2m_sde
 from fastdiff.solvers.euler import euler, euler_ancestral
 from fastdiff.solvers.heun import heun
 from fastdiff.spacings import OPTIONS
+from fastdiff.solvers.unipc import unipc
 from fastdiff.table import StepTable
 
 __all__ = ["PREDICTIONS", "SOLVERS", "build", "build_on"]
 
+_FAMILIES: tuple[tuple[Callable[..., StepTable], ...], ...] = (
+    (ddpm, ddim),
+    (euler, euler_ancestral, heun),
+    (dpmpp_2m, dpmpp_2m_sde, dpmpp_multistep, dpm_multistep, dpmpp_3m_sde),
+    (unipc,),
+)
 SOLVERS: dict[str, Callable[..., StepTable]] = {
-    f.__name__: f for f in (
-        ddpm, ddim, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde,
-        dpmpp_multistep, dpm_multistep, dpmpp_3m_sde,
-    )
-}  # fmt: skip
+    builder.__name__: builder for family in _FAMILIES for builder in family
+}
 
 # the kinds of schedule on which a prediction has its meaning
 _KINDS = {"v_prediction": "discrete", "flow": "flow", "edm": "edm"}

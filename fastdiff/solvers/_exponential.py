@@ -27,7 +27,7 @@ def phi(k: int, z: float) -> float:
         return math.fsum(z**j / math.factorial(j + k) for j in range(20))
     value = math.exp(z)
     for j in range(k):
-        value = ((math.expm1(z) if j == 0 else value - 1 / math.factorial(j))) / z
+        value = (math.expm1(z) if j == 0 else value - 1 / math.factorial(j)) / z
     return value
 
 
@@ -84,9 +84,7 @@ def first_order(step: Step, noise_form: bool, eta: float) -> dict[str, float]:
     return x
 
 
-def add_newest(
-    x: dict[str, float], at: Point, noise_form: bool, weight: float
-) -> dict[str, float]:
+def add_newest(x: dict[str, float], at: Point, noise_form: bool, weight: float) -> dict[str, float]:
     """The coefficients with the prediction of the row's own evaluation, in terms of x and d."""
     e, f = epsilon(at) if noise_form else (0.0, 1.0)
     return x | {"x": x.get("x", 0.0) + weight * e, "d": x.get("d", 0.0) + weight * f}
