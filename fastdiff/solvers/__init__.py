@@ -24,8 +24,8 @@ from fastdiff.solvers.dpm_multistep import dpm_multistep, dpmpp_3m_sde, dpmpp_mu
 from fastdiff.solvers.dpmpp import dpmpp_2m, dpmpp_2m_sde
 from fastdiff.solvers.euler import euler, euler_ancestral
 from fastdiff.solvers.heun import heun
-from fastdiff.spacings import OPTIONS
 from fastdiff.solvers.unipc import unipc
+from fastdiff.spacings import OPTIONS
 from fastdiff.table import StepTable
 
 __all__ = ["PREDICTIONS", "SOLVERS", "build", "build_on"]
