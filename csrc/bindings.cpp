@@ -77,8 +77,8 @@ void reverse_step(Address x, Address output, Address uncond, Address variance,
                   int64_t output_stride, int64_t uncond_stride, int64_t variance_stride,
                   int output_dtype, Address y, Address history, int64_t history_stride,
                   int history_slots, Address row_floats, Address row_ints, Address rows,
-                  int64_t row, Address seeds, Address guidance, float guidance_all, Address clip,
-                  float clip_all, Address out, Address model_input, int model_input_dtype,
+                  int64_t row, Address seeds, Address guidance, float guidance_all, Address scale,
+                  Address clip, float clip_all, Address out, Address model_input, int model_input_dtype,
                   int64_t samples, int64_t size, int64_t channels) {
   FdStepArgs args{};
   args.x = at<float>(x);
@@ -100,6 +100,7 @@ void reverse_step(Address x, Address output, Address uncond, Address variance,
   args.seeds = at<int64_t>(seeds);
   args.guidance = at<float>(guidance);
   args.guidance_all = guidance_all;
+  args.scale = at<float>(scale);
   args.clip = at<float>(clip);
   args.clip_all = clip_all;
   args.out = at<float>(out);

@@ -39,7 +39,7 @@ _TABLE = StepTable(
             x={**_EVERY},
             y={**_EVERY},
             draws=((1, 4), (2, 4)),
-            push=True,
+            push=(0.5, -0.5),
             log_variance=(0.3, 0.4),
             time=0.5,
         ),
@@ -66,7 +66,7 @@ def _step(
     if every:
         given |= {"variance": model, "y": x.clone(), "clip": 1.0}
     if isinstance(row, list):
-        given |= {"guidance": torch.ones(4), "clip": torch.ones(4)}
+        given |= {"scale": torch.ones(4), "guidance": torch.ones(4), "clip": torch.ones(4)}
     index = torch.tensor(row) if isinstance(row, list) else row
     return step_op.prepare(x, model, _TABLE, index, **given)
 

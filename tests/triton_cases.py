@@ -255,6 +255,7 @@ def step_per_sample_rows() -> None:
                         torch.tensor(rows),
                         uncond=inputs.unconds[4],
                         guidance=guidance,
+                        scale=inputs.scale,
                         clip=clip,
                         variance=inputs.variance,
                         seeds=inputs.seeds,

@@ -29,6 +29,7 @@ struct FdStepArgs {
   const int64_t* seeds;
   const float* guidance;  // one weight a sample, or null for `guidance_all`
   float guidance_all;
+  const float* scale;  // one factor of the guided output a sample, or null
   const float* clip;  // one bound a sample, or null for `clip_all`; below zero: no clipping
   float clip_all;
   float* out;

@@ -24,6 +24,7 @@ class Step(NamedTuple):
     rows: torch.Tensor | None
     seeds: torch.Tensor | None
     guidance: float | torch.Tensor
+    scale: torch.Tensor | None
     clip: float | torch.Tensor | None
     out: torch.Tensor
     model_input: torch.Tensor | None
@@ -96,6 +97,17 @@ def weight(name: str, value: float | torch.Tensor, like: Like) -> float | torch.
     if not math.isfinite(value):
         raise ValueError(f"reverse_step: {name} must be finite, got {value}")
     return value
+
+
+def factors(value: torch.Tensor, like: Like) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"reverse_step: scale must be a tensor, got {type(value).__name__}")
+    if value.shape != like.shape[:1]:
+        raise ValueError(
+            f"reverse_step: scale must have one factor a sample ({like.shape[0]},), "
+            f"got {tuple(value.shape)}"
+        )
+    return value.to(like.device, torch.float32).contiguous()
 
 
 def kind(x: object) -> str:
