@@ -73,6 +73,16 @@ void noise(Address seeds, uint32_t step, uint32_t stream, int64_t samples, int64
   active->noise(args);
 }
 
+void brownian(Address seeds, Address counters, Address weights, int64_t draws, uint32_t stream,
+              Address x, float scale, int64_t samples, int64_t size, int64_t channels, Address out,
+              int out_dtype) {
+  const FdBrownianArgs args{at<int64_t>(seeds), at<int32_t>(counters), at<float>(weights), draws,
+                            stream, at<float>(x), scale, samples, size, channels, at<void>(out),
+                            out_dtype};
+  nb::gil_scoped_release release;
+  active->brownian(args);
+}
+
 void reverse_step(Address x, Address output, Address uncond, Address variance,
                   int64_t output_stride, int64_t uncond_stride, int64_t variance_stride,
                   int output_dtype, Address y, Address history, int64_t history_stride,
@@ -217,6 +227,7 @@ NB_MODULE(_cpu, m) {
   m.def("isa", [] { return active->name; }, "The instruction set in use.");
   m.def("set_isa", &set_isa, "Use this instruction set from now on.");
   m.def("noise", &noise);
+  m.def("brownian", &brownian);
   m.def("reverse_step", &reverse_step);
   m.def("use_torch", &use_torch);
   m.def("quick_step", &quick_step, nb::arg("x").none(), nb::arg("output").none(),

@@ -20,7 +20,7 @@ from tables import random_inputs, random_table, walk
 
 from fastdiff import randn, use_backend
 from fastdiff.backends import Implementation
-from fastdiff.ops import OPS, _launches, _native, reparameterize, reverse_step
+from fastdiff.ops import OPS, _launches, _native, brownian, reparameterize, reverse_step
 from fastdiff.reference.reparameterize import reparameterize as exact_reparameterize
 from fastdiff.table import Row, StepTable
 
@@ -56,7 +56,7 @@ def on_host(host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[Swap]:
     def swap() -> None:
         # else the C++ checks take the call and run their own kernel
         monkeypatch.setattr(_native, "reads_tensors", False)
-        for name in ("noise", "reverse_step", "reparameterize"):
+        for name in ("noise", "brownian", "reverse_step", "reparameterize"):
             monkeypatch.setitem(OPS[name].backends, "cpu", runs(name))
         monkeypatch.setitem(backward.backends, "cpu", runs("reparameterize_backward"))
 
@@ -84,6 +84,19 @@ def test_noise(on_host: Swap, size: tuple[int, ...], dtype: torch.dtype, fmt: An
     on_host()
     randn(SEEDS, size, step=2**32 - 1, stream=3, out=outs[1])
     assert_same_bits(outs[1], outs[0])
+
+
+@pytest.mark.parametrize(("size", "dtype", "fmt"), NOISE.values(), ids=NOISE)
+def test_brownian(on_host: Swap, size: tuple[int, ...], dtype: torch.dtype, fmt: Any) -> None:
+    outs = [torch.empty(3, *size, dtype=dtype).contiguous(memory_format=fmt) for _ in range(2)]
+    x = torch.linspace(-1, 1, outs[0].numel()).view(outs[0].shape).contiguous(memory_format=fmt)
+    given: dict[str, Any] = {"depth": 5, "stream": 2**32 - 1}
+    brownian(SEEDS, size, 0.3, 0.4, out=outs[0], **given)
+    added = brownian(SEEDS, size, 0.3, 0.4, add_to=x, scale=0.7, **given)
+    on_host()
+    brownian(SEEDS, size, 0.3, 0.4, out=outs[1], **given)
+    assert_same_bits(outs[1], outs[0])
+    assert_same_bits(brownian(SEEDS, size, 0.3, 0.4, add_to=x, scale=0.7, **given), added)
 
 
 WEIGHTS = torch.tensor([1.0, 3.0, 0.0])

@@ -47,6 +47,19 @@ struct FdNoiseArgs {
   int out_dtype;
 };
 
+struct FdBrownianArgs {
+  const int64_t* seeds;
+  const int32_t* counters;  // of the draws; so many as weights
+  const float* weights;
+  int64_t draws;
+  uint32_t stream;
+  const float* x;  // like out, or null
+  float scale;     // out = x + scale * sum, or the sum itself without x
+  int64_t samples, size, channels;
+  void* out;  // float32 where x is given
+  int out_dtype;
+};
+
 struct FdReparameterizeArgs {
   const void* mu;
   const void* logvar;
@@ -120,4 +133,5 @@ struct FdKernels {
   void (*reparameterize_backward)(const FdReparameterizeBackwardArgs&);
   void (*film_norm)(const FdFilmNormArgs&);
   void (*modulate)(const FdModulateArgs&);
+  void (*brownian)(const FdBrownianArgs&);
 };

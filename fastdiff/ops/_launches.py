@@ -15,6 +15,7 @@ from fastdiff.ops._layout import memory_format
 from fastdiff.ops._native import DTYPES, address
 from fastdiff.ops._presence import presence
 from fastdiff.ops._step_checks import Step
+from fastdiff.ops.brownian import Increment
 from fastdiff.ops.noise import Draw
 from fastdiff.ops.reparameterize import Reparameterize, ReparameterizeBackward
 
@@ -129,6 +130,35 @@ def noise(draw: Draw, blocks: int) -> list[Launch]:
         out.data_ptr(),
     )
     return [Launch("noise.cu", "noise", macros, grid, block, args)]
+
+
+def brownian(call: Increment, blocks: int) -> list[Launch]:
+    """Launches that fill ``call.out``, which must have elements."""
+    out, x = call.out, call.x
+    fmt = memory_format(out)
+    assert fmt is not None  # the op refuses other layouts
+    shape = _shape(out, fmt, _pack_of(out), True)
+    grid, block = _cover(out.shape[0], shape.units, blocks)
+    macros = (
+        ("FD_DTYPE", DTYPES[out.dtype]),
+        ("FD_ADD", int(x is not None)),
+        *_walk_macros(shape, out, x),
+    )
+    args = (
+        call.seeds.data_ptr(),
+        call.counters.data_ptr(),
+        call.weights.data_ptr(),
+        len(call.counters),
+        call.stream,
+        address(x),
+        float(call.scale),
+        out.shape[0],
+        shape.size,
+        shape.channels,
+        shape.pixels,
+        out.data_ptr(),
+    )
+    return [Launch("brownian.cu", "brownian", macros, grid, block, args)]
 
 
 def _stride(t: torch.Tensor | None) -> int:
