@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from fastdiff.ops._checks import kind as kind
 from fastdiff.table import Needs, Packed, StepTable
 
 
@@ -96,10 +97,6 @@ def weight(name: str, value: float | torch.Tensor, like: Like) -> float | torch.
     if not math.isfinite(value):
         raise ValueError(f"reverse_step: {name} must be finite, got {value}")
     return value
-
-
-def kind(x: object) -> str:
-    return str(x.dtype) if isinstance(x, torch.Tensor) else type(x).__name__
 
 
 def check_rows(rows: torch.Tensor, table: StepTable, like: Like) -> torch.Tensor:
