@@ -13,30 +13,34 @@ from torch.autograd import forward_ad
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
+# Loops, for a generator takes three times as long: these are asked at every call.
 def traced(tensors: Sequence[Any]) -> bool:
     """Whether torch's dispatcher has to see the call: something records it, or a tensor is of a
     class that the dispatcher alone knows, or has no memory."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() != 0
-        or any(t is not None and (type(t) not in _PLAIN or t.is_meta) for t in tensors)
-    )
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() != 0:
+        return True
+    for t in tensors:  # noqa: SIM110
+        if t is not None and (type(t) not in _PLAIN or t.is_meta):
+            return True
+    return False
 
 
 def values_only(tensors: Sequence[Any]) -> bool:
     """Whether no derivative, transform or trace is under way; arguments may be unchecked still."""
-    return not (
+    if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() != 0
         # a tensor that a transform wraps has no memory of its own
         or torch._C._are_functorch_transforms_active()
         # forward mode is refused by the Functions: a tangent must not be lost in silence
         or forward_ad._current_level >= 0
-        or (
-            torch.is_grad_enabled()
-            and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
-        )
-    )
+    ):
+        return False
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if isinstance(t, torch.Tensor) and t.requires_grad:
+                return False
+    return True
 
 
 class Differentiable:
