@@ -163,7 +163,7 @@ nb::object film_norm(nb::handle x, int64_t groups, nb::handle weight, nb::handle
   fd::FilmCall call(tensors);
   int weights = -1, films = -1;
   if (!call.image(x, groups, args) || !fd::activation(act, args.silu) ||
-      !fd::plain_number(eps, args.eps) || !(args.eps >= 0.0 && std::isfinite(args.eps)) ||
+      !fd::plain_eps(eps, args.eps) ||
       !call.row(weight, args.weight, weights, nullptr) ||
       !call.row(bias, args.bias, weights, nullptr) ||
       !call.row(scale, args.scale, films, &args.scale_stride) ||

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from fastdiff.ops._checks import kind as kind
 from fastdiff.table import Needs, Packed, StepTable
 
 
@@ -108,10 +109,6 @@ def factors(value: torch.Tensor, like: Like) -> torch.Tensor:
             f"got {tuple(value.shape)}"
         )
     return value.to(like.device, torch.float32).contiguous()
-
-
-def kind(x: object) -> str:
-    return str(x.dtype) if isinstance(x, torch.Tensor) else type(x).__name__
 
 
 def check_rows(rows: torch.Tensor, table: StepTable, like: Like) -> torch.Tensor:
