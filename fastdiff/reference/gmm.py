@@ -117,7 +117,7 @@ class GaussianMixture:
         """
         away, total = self._whitened(x, alpha, sigma)
         gain = _column(alpha, x, 2) * self._spectrum / total
-        weights = self._log_joint(away, total).softmax(-1)
+        weights: Tensor = self._log_joint(away, total).softmax(-1)
         return self._average(away, total, gain) + weights @ self.means
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
@@ -188,7 +188,8 @@ class GaussianMixture:
         if self._basis is not None:
             each = (self._basis @ each.unsqueeze(-1)).squeeze(-1)
         weights = self._log_joint(away, total).softmax(-1)
-        return (weights.unsqueeze(-1) * each).sum(-2)
+        average: Tensor = (weights.unsqueeze(-1) * each).sum(-2)
+        return average
 
 
 def _column(scale: Scale, x: Tensor, extra: int) -> Tensor:
@@ -295,7 +296,8 @@ def _shape(scatter: Tensor, covariance: str, least: float) -> Tensor:
     """The best covariance of the asked form for a scatter `(K, D, D)`, at least `least`."""
     if covariance == "full":
         spectrum, basis = torch.linalg.eigh(scatter)
-        return basis * spectrum.clamp_min(least).unsqueeze(-2) @ basis.mT
+        raised: Tensor = basis * spectrum.clamp_min(least).unsqueeze(-2) @ basis.mT
+        return raised
     variances = scatter.diagonal(dim1=-2, dim2=-1)
     if covariance == "isotropic":
         variances = variances.mean(dim=-1)
