@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 SLOTS, DRAWS = 4, 2  # of a row
-RANK = 1e-14  # singular values below this share of the largest state are rounding
+RANK = 1e-14  # singular values below this share of the largest state are rounding, at least
 EXACT = 1e-13  # of the largest term of a state: a row that misses less needs no more terms
 RESIDUAL = 1e-12  # of the same: what a row may miss
+_EPS = float(np.finfo(float).eps)
 # the noise prediction needs the state of its own row, so it is no sum of later terms
 PUSHES = ("data", "epsilon")
 
@@ -96,6 +97,7 @@ class _Problem:
         scale[0] = sigmas[0] or 1.0  # so that ranks are judged in units of clean data
         self.inputs, self.sigmas, self.n = inputs * scale, sigmas, len(inputs)
         self.start = scale[0]
+        self.rank = max(RANK, self.n * _EPS)  # a sampler rounds once a step
         self.targets = np.vstack([self.inputs[1:], (end * scale)[None]])  # what row i makes
         self.size = inputs.shape[1]
         self.first_draw = self.size - n_draws
@@ -162,14 +164,14 @@ class _Problem:
 
     def _compressed(self, vectors: Array) -> Array:
         _, s, v = np.linalg.svd(vectors, full_matrices=False)
-        keep = s > RANK * self.largest
+        keep = s > self.rank * self.largest
         return np.asarray(s[keep, None] * v[keep])
 
     def _outside(self, space: Array, known: list[Array]) -> Array:
         """What the span of known vectors leaves of the vectors of a space."""
         unit = np.array([v / np.linalg.norm(v) for v in known if v.any()])
         u, s, _ = np.linalg.svd(unit.T, full_matrices=False)
-        u = u[:, s > RANK]
+        u = u[:, s > self.rank]
         for _ in range(2):  # once more for what cancellation left
             space = space - (space @ u) @ u.T
         return space
@@ -213,12 +215,15 @@ class _Problem:
     ) -> tuple[Array | None, dict[str, float] | None]:
         """The anchor after row i, and its coefficients if it is not the one before."""
         space = self.spaces[i]
-        old = known.get("y")
-        if old is not None and not len(self._compressed(self._outside(space, [*after, old]))):
-            return old, None
-        for term in ("x", *reversed([t for t in known if t[0] == "h"])):
-            if not len(self._compressed(self._outside(space, [*after, known[term]]))):
-                return known[term], {term: 1.0}
+        oldest_first = reversed([t for t in known if t[0] == "h"])
+        candidates = [t for t in ("y", "x", *oldest_first) if t in known]
+        outside = [self._outside(space, [*after, known[t]]) for t in candidates]
+        # differences below rounding are no reason to prefer one
+        misses = [max(float(np.abs(v).max()), _EPS * self.largest) for v in outside]
+        best = int(np.argmin(misses))
+        if misses[best] <= self.rank * self.largest:
+            term = candidates[best]
+            return known[term], None if term == "y" else {term: 1.0}
         left = np.linalg.norm(self._outside(space, after), axis=1)
         vector = space[int(left.argmax())]
         return vector, self._solve(vector, known, i)

@@ -117,7 +117,7 @@ class GaussianMixture:
         """
         away, total = self._whitened(x, alpha, sigma)
         gain = _column(alpha, x, 2) * self._spectrum / total
-        weights: Tensor = self._log_joint(away, total).softmax(-1)
+        weights = self._log_joint(away, total).softmax(-1)
         return self._average(away, total, gain) + weights @ self.means
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
@@ -127,7 +127,8 @@ class GaussianMixture:
         z = z * self._spectrum[k].sqrt()
         if self._basis is not None:
             z = (self._basis[k] @ z.unsqueeze(-1)).squeeze(-1)
-        return self.means[k] + z
+        points: Tensor = self.means[k] + z
+        return points
 
     def network(
         self, schedule: Schedule, prediction: str = "epsilon"
@@ -211,7 +212,8 @@ def elbo(mixture: GaussianMixture, x: Tensor, q: Tensor) -> Tensor:
         x: `(N, D)`. q: `(N, K)`, rows of sum 1.
     """
     joint = mixture._log_joint(*mixture._whitened(x, 1.0, 0.0))
-    return (q * joint - torch.special.xlogy(q, q)).sum(-1).mean()
+    bound: Tensor = (q * joint - torch.special.xlogy(q, q)).sum(-1).mean()
+    return bound
 
 
 def fit(
