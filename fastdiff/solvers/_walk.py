@@ -166,11 +166,13 @@ class Walk:
 
     def table(self, name: str, order: int) -> StepTable:
         """The finished table."""
+        exploding = self.schedule.kind == "edm"
         return StepTable(
             name,
             tuple(self.rows),
             prediction=self.prediction,
-            init_sigma=self.schedule.init_sigma,
+            # a grid of given levels may begin below the noisiest, where x is less spread
+            init_sigma=self.points[0].sigma if exploding else self.schedule.init_sigma,
             order=order,
             sigma_data=self.schedule.sigma_data,
         )
