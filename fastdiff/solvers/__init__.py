@@ -113,19 +113,26 @@ def build_on(
     the last.
     """
     choice("solver", name, tuple(SOLVERS))
-    choice("prediction", prediction, PREDICTIONS)
     _check_options(name, options)
-    fit = [p for p in PREDICTIONS if _KINDS.get(p, schedule.kind) == schedule.kind]
-    where = f"on a {schedule.kind} schedule"
     _check_grid(grid)
-    if grid.alphas[0] == 0:  # pure noise; its noise says nothing of x0
+    check_prediction(prediction, schedule, float(grid.times[0]), float(grid.alphas[0]))
+    return SOLVERS[name](Walk(schedule, grid, prediction), **options)
+
+
+def check_prediction(
+    prediction: str, schedule: Schedule, time: float, alpha: float, where: str = "build"
+) -> None:
+    """Refuse what has no meaning on a schedule, or not at the first point of a table."""
+    choice("prediction", prediction, PREDICTIONS)
+    fit = [p for p in PREDICTIONS if _KINDS.get(p, schedule.kind) == schedule.kind]
+    on = f"on a {schedule.kind} schedule"
+    if alpha == 0:  # pure noise; its noise says nothing of x0
         fit.remove("epsilon")
-        where += f" whose alpha is 0 at time {grid.times[0]:g}"
+        on += f" whose alpha is 0 at time {time:g}"
     if prediction not in fit:
         raise ValueError(
-            f"build: prediction must be one of {', '.join(fit)} {where}, got {prediction!r}"
+            f"{where}: prediction must be one of {', '.join(fit)} {on}, got {prediction!r}"
         )
-    return SOLVERS[name](Walk(schedule, grid, prediction), **options)
 
 
 def _count(steps: Any) -> int:
