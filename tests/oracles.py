@@ -35,6 +35,7 @@ class Problem:
         rederive: whether the noise is derived again from the clipped x0.
         sigma_data: of the EDM preconditioning.
         uncond: raw unconditional output, for CFG++; None where the solver has no use for it.
+        level_of: level sigma/alpha of a time, for a solver that halves times.
     """
 
     times: Array
@@ -49,6 +50,7 @@ class Problem:
     rederive: bool = True
     sigma_data: float = 0.5
     uncond: Callable[[Array, float], Array] | None = None
+    level_of: Callable[[float], float] | None = None
 
     @property
     def steps(self) -> int:
@@ -119,6 +121,9 @@ class Case(NamedTuple):
         kinds: of schedule on which the solver is defined.
         signal: whether it needs a grid that begins with alpha > 0.
         converges: whether its order of convergence is measured (with these options).
+        blends_last: whether the step to clean data uses earlier predictions too.
+        amplifies: whether a stage feeds on the rounding of the one before, so that few long steps
+            enlarge it.
     """
 
     solver: str
@@ -128,6 +133,8 @@ class Case(NamedTuple):
     kinds: tuple[str, ...] = ("discrete", "edm", "flow")
     signal: bool = False
     converges: bool = True
+    blends_last: bool = False
+    amplifies: bool = False
 
 
 # --- Ho et al. 2020 (arXiv:2006.11239) ------------------------------------------------------

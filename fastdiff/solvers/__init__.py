@@ -18,12 +18,14 @@ from numpy.typing import ArrayLike
 from fastdiff.schedules import SPACINGS, Grid, Schedule
 from fastdiff.solvers._checks import choice
 from fastdiff.solvers._walk import PREDICTIONS, Walk
+from fastdiff.solvers.adams import deis, gradient_estimation, ipndm, ipndm_v, lms
 from fastdiff.solvers.ddim import ddim
 from fastdiff.solvers.ddpm import ddpm
 from fastdiff.solvers.dpm_multistep import dpm_multistep, dpmpp_3m_sde, dpmpp_multistep
 from fastdiff.solvers.dpmpp import dpmpp_2m, dpmpp_2m_sde
 from fastdiff.solvers.euler import euler, euler_ancestral
 from fastdiff.solvers.heun import heun
+from fastdiff.solvers.pndm import plms, pndm
 from fastdiff.solvers.unipc import unipc
 from fastdiff.spacings import OPTIONS
 from fastdiff.table import StepTable
@@ -34,6 +36,7 @@ _FAMILIES: tuple[tuple[Callable[..., StepTable], ...], ...] = (
     (ddpm, ddim),
     (euler, euler_ancestral, heun),
     (dpmpp_2m, dpmpp_2m_sde, dpmpp_multistep, dpm_multistep, dpmpp_3m_sde),
+    (lms, plms, pndm, ipndm, ipndm_v, deis, gradient_estimation),
     (unipc,),
 )
 SOLVERS: dict[str, Callable[..., StepTable]] = {
