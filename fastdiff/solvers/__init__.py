@@ -20,6 +20,7 @@ from fastdiff.solvers._walk import PREDICTIONS, Walk
 from fastdiff.solvers.ddim import ddim
 from fastdiff.solvers.ddpm import ddpm
 from fastdiff.solvers.dpm_multistep import dpm_multistep, dpmpp_3m_sde, dpmpp_multistep
+from fastdiff.solvers.dpm_singlestep import dpm_singlestep, dpmpp_singlestep
 from fastdiff.solvers.dpmpp import dpmpp_2m, dpmpp_2m_sde
 from fastdiff.solvers.euler import euler, euler_ancestral
 from fastdiff.solvers.heun import heun
@@ -31,6 +32,7 @@ SOLVERS: dict[str, Callable[..., StepTable]] = {
     f.__name__: f for f in (
         ddpm, ddim, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde,
         dpmpp_multistep, dpm_multistep, dpmpp_3m_sde,
+        dpmpp_singlestep, dpm_singlestep,
     )
 }  # fmt: skip
 

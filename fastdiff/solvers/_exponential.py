@@ -27,7 +27,7 @@ def phi(k: int, z: float) -> float:
         return math.fsum(z**j / math.factorial(j + k) for j in range(20))
     value = math.exp(z)
     for j in range(k):
-        value = ((math.expm1(z) if j == 0 else value - 1 / math.factorial(j))) / z
+        value = (math.expm1(z) if j == 0 else value - 1 / math.factorial(j)) / z
     return value
 
 
@@ -37,11 +37,7 @@ class Form(NamedTuple):
     keep: float
     c: float
     z: float
-
-    @property
-    def first(self) -> float:
-        """Weight of the prediction at the start."""
-        return self.c * math.expm1(self.z)
+    first: float  # weight of the prediction at the start, c W1
 
     def slope(self, solver_type: str) -> float:
         """Weight of its change over the step."""
@@ -59,9 +55,11 @@ def form_of(step: Step, noise_form: bool, eta: float) -> Form:
     """The form of a step of finite h."""
     h = step.h
     if noise_form:
-        return Form(step.next.alpha / step.now.alpha, -(1 + eta) * step.next.sigma, h)
-    decay = math.exp(-eta * h) if eta else 1.0
-    return Form(step.gain * decay, -step.next.alpha, -(1 + eta) * h)
+        keep, c = step.next.alpha / step.now.alpha, -(1 + eta) * step.next.sigma
+        # e^h by its own ratio where it is large: the rounding of h would be multiplied by it
+        return Form(keep, c, h, c * (math.expm1(h) if h < 1 else keep / step.gain - 1))
+    decay, z = math.exp(-eta * h) if eta else 1.0, -(1 + eta) * h
+    return Form(step.gain * decay, -step.next.alpha, z, -step.next.alpha * math.expm1(z))
 
 
 def fresh_noise(step: Step, noise_form: bool, eta: float) -> float:
@@ -80,13 +78,11 @@ def first_order(step: Step, noise_form: bool, eta: float) -> dict[str, float]:
         return {"x": step.gain * math.exp(-eta * h), "d": d}
     x = ancestral(step, 0.0)[0]  # where the two forms meet
     if noise_form and eta and step.next.sigma:
-        x = add_newest(x, step.now, True, -eta * step.next.sigma * math.expm1(step.h))
+        x = add_newest(x, step.now, True, eta / (1 + eta) * form_of(step, True, eta).first)
     return x
 
 
-def add_newest(
-    x: dict[str, float], at: Point, noise_form: bool, weight: float
-) -> dict[str, float]:
+def add_newest(x: dict[str, float], at: Point, noise_form: bool, weight: float) -> dict[str, float]:
     """The coefficients with the prediction of the row's own evaluation, in terms of x and d."""
     e, f = epsilon(at) if noise_form else (0.0, 1.0)
     return x | {"x": x.get("x", 0.0) + weight * e, "d": x.get("d", 0.0) + weight * f}
