@@ -41,6 +41,7 @@ def whole(name: str, value: object, low: int, high: int) -> int:
     """The option as an integer in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"build: {name} must be an integer, got {type(value).__name__}")
-    if not low <= value <= high:
+    v = int(value)
+    if not low <= v <= high:
         raise ValueError(f"build: {name} must lie in [{low}, {high}], got {value}")
-    return int(value)
+    return v
