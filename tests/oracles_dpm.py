@@ -24,8 +24,8 @@ def multistep(
     euler_at_final: bool = False,
     s_noise: float = 1.0,
 ) -> list:
-    """DPMSolverMultistepScheduler: the updates of arXiv:2206.00927 and arXiv:2211.01095, but for the
-    sign of the curvature D2 in "sde-dpmsolver++", which k-diffusion has right.
+    """DPMSolverMultistepScheduler: the updates of arXiv:2206.00927 and arXiv:2211.01095, but for
+    the sign of the curvature D2 in "sde-dpmsolver++", which k-diffusion has right.
 
     A step of infinite log-SNR ratio is the limit of the first-order update, which is DDIM's.
     """

@@ -20,7 +20,7 @@ def get_ancestral_step(level: float, level_next: float, eta: float) -> tuple[flo
 
 
 def flow_step(t: float, t_next: float, eta: float) -> tuple[float, float, float]:
-    """sigma_down, alpha_ip1/alpha_down and renoise_coeff of ComfyUI's *_RF; sigma_down at least 0."""
+    """sigma_down (at least 0), alpha_ip1/alpha_down and renoise_coeff of ComfyUI's *_RF."""
     down = max(t_next * (1 + (t_next / t - 1) * eta), 0.0)
     factor = (1 - t_next) / (1 - down)
     return down, factor, math.sqrt(max(t_next**2 - down**2 * factor**2, 0.0))
@@ -31,8 +31,8 @@ def dpm_2(p: Problem, x: Array, churn: tuple) -> list:
     states: list = []
     flow = p.kind == "flow"
     for i in range(p.steps):
-        t, alpha, sigma = p.at(i)
-        t_next, alpha_next, sigma_next = p.at(i + 1)
+        t, alpha, _ = p.at(i)
+        t_next, alpha_next, _ = p.at(i + 1)
         if alpha == 0 and not flow:
             x = oracles.ddim(oracles._from(p, i, i + 1), x, 0.0)[0]
             states.append(x)
@@ -81,16 +81,15 @@ def dpm_2_ancestral(p: Problem, x: Array, eta: float, s_noise: float) -> list:
     """
     states: list = []
     for i in range(p.steps):
-        t, alpha, sigma = p.at(i)
-        t_next, alpha_next, sigma_next = p.at(i + 1)
+        t, alpha, _ = p.at(i)
+        t_next, alpha_next, _ = p.at(i + 1)
         if p.kind == "flow":
             down, factor, up = flow_step(t, t_next, eta)
             end, _ = _two_stages(p, x, t, down, lambda z, t: p.predict(z, t, 1 - t, t)[0], states)
             x = factor * end
         elif alpha == 0:
-            one = oracles._from(p, i, i + 1)
-            one.noise = lambda kind, row, k=len(states): p.noise(kind, k + row)
-            x = oracles.ddim(one, x, min(eta, 1.0), s_noise)[0]
+            # the first step, so that its row and its draw are the first
+            x = oracles.ddim(oracles._from(p, i, i + 1), x, min(eta, 1.0), s_noise)[0]
             states.append(x)
             continue
         else:
@@ -117,7 +116,7 @@ def dpmpp_2s_ancestral(p: Problem, x: Array, eta: float, s_noise: float) -> list
     states: list = []
     for i in range(p.steps):
         t, alpha, sigma = p.at(i)
-        t_next, alpha_next, sigma_next = p.at(i + 1)
+        t_next, alpha_next, _ = p.at(i + 1)
         x0, _ = p.predict(x, t, alpha, sigma)
         if p.kind == "flow":
             down, factor, up = flow_step(t, t_next, eta)
@@ -131,9 +130,8 @@ def dpmpp_2s_ancestral(p: Problem, x: Array, eta: float, s_noise: float) -> list
                 x0_s, _ = p.predict(u, t_s, 1 - t_s, t_s)
                 x = factor * (down / t * x + (1 - down / t) * x0_s)
         elif alpha == 0:
-            one = oracles._from(p, i, i + 1)
-            one.noise = lambda kind, row, k=len(states): p.noise(kind, k + row)
-            x = oracles.ddim(one, x, min(eta, 1.0), s_noise)[0]
+            # the first step, so that its row and its draw are the first
+            x = oracles.ddim(oracles._from(p, i, i + 1), x, min(eta, 1.0), s_noise)[0]
             states.append(x)
             continue
         else:
@@ -190,7 +188,7 @@ def _ancestral(solver, oracle):
             f"{solver}{suffix}",
             Case(
                 solver, options, lambda p, x, told=told: oracle(p, x, **told), reason,
-                # other noise than the data's; with a large eta the cap holds at a part of the levels alone
+                # s_noise adds other noise than the data's; a cap leaves a step of first order
                 converges=suffix in ("", "-ode"),
             ),
         )  # fmt: skip

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+import oracles
 from oracles import STEP, Array, Case, Problem
 from oracles_dpm import log_snr
+from oracles_dpm_2 import get_ancestral_step
 
 
 def order_list(steps: int, order: int, lower_order_final: bool, to_clean: bool) -> list[int]:
@@ -99,6 +102,67 @@ def singlestep(
     return states
 
 
+def dpm_fast(p: Problem, x: Array, eta: float, s_noise: float) -> list:
+    """k-diffusion's sample_dpm_fast and dpm_solver_fast with their 1-, 2- and 3-step; the steps
+    that they do not take, from an infinite level and to clean data, are DDIM's."""
+    states: list = []
+    first, last = 0, p.steps
+    if p.alphas[0] == 0:
+        states += oracles.ddim(oracles._from(p, 0, 1), x, min(eta, 1.0), s_noise)
+        x, first = states[0], 1
+    if p.sigmas[-1] == 0:
+        last -= 1
+    if last > first:
+        x = _fast(p, x / p.alphas[first], first, last, eta, s_noise, states)
+    if last < p.steps and last >= first:
+        states.append(p.predict(x, *p.at(last))[0])
+    return states
+
+
+def _fast(p, z, first, last, eta, s_noise, states):
+    nfe, log = last - first, [-math.log(level) for level in (p.levels[first], p.levels[last])]
+    m = nfe // 3 + 1
+    ts = np.linspace(*log, m + 1)
+    orders = [3] * (m - 2) + [2, 1] if nfe % 3 == 0 else [3] * (m - 1) + [nfe % 3]
+
+    def sigma(t):
+        return math.exp(-t)
+
+    def eps(z, t):
+        return (z - p.denoised(z, sigma(t))) / sigma(t)
+
+    def reach(z, t):
+        states.append(p.scales(sigma(t))[0] * z)
+        return z
+
+    for order, t, t_next in zip(orders, ts[:-1], ts[1:], strict=True):
+        t_down, su = t_next, 0.0
+        if eta:
+            sd, _ = get_ancestral_step(sigma(t), sigma(t_next), eta)
+            t_down = min(log[1], -math.log(sd)) if sd else log[1]
+            su = max(sigma(t_next) ** 2 - sigma(t_down) ** 2, 0.0) ** 0.5
+        h, e = t_down - t, eps(z, t)
+        if order == 1:
+            z = z - sigma(t_down) * math.expm1(h) * e
+        elif order == 2:
+            s1 = t + h / 2
+            u1 = reach(z - sigma(s1) * math.expm1(h / 2) * e, s1)
+            z = z - sigma(t_down) * math.expm1(h) * (e + (eps(u1, s1) - e))
+        else:
+            s1, s2 = t + h / 3, t + 2 * h / 3
+            u1 = reach(z - sigma(s1) * math.expm1(h / 3) * e, s1)
+            change = eps(u1, s1) - e
+            weight = sigma(s2) * 2 * (math.expm1(2 * h / 3) / (2 * h / 3) - 1)
+            u2 = reach(z - sigma(s2) * math.expm1(2 * h / 3) * e - weight * change, s2)
+            change = eps(u2, s2) - e
+            weight = sigma(t_down) * 1.5 * (math.expm1(h) / h - 1)
+            z = z - sigma(t_down) * math.expm1(h) * e - weight * change
+        if su:
+            z = z + su * s_noise * p.noise(STEP, len(states))
+        reach(z, t_next)
+    return states[-1]
+
+
 def _case(solver, algorithm, reason, **options):
     told = {"order": 2, "solver_type": "midpoint"} | options
     told.pop("eta", None)
@@ -112,6 +176,7 @@ def _case(solver, algorithm, reason, **options):
     )
 
 
+NO_NOISE = {"eta": 0.0, "s_noise": 1.0}
 PP, SDE, DPM = "dpmsolver++", "sde-dpmsolver++", "dpmsolver"
 ONE, TWO = "dpmpp_singlestep", "dpm_singlestep"
 CASES = {
@@ -144,4 +209,15 @@ CASES = {
         TWO, DPM, "the original code's stages",
         order=3, solver_type="dpmsolver", lower_order_final=False,
     ),
+    **{
+        f"dpm_fast{suffix}": Case(
+            "dpm_fast", options, lambda p, x, o=options: dpm_fast(p, x, **{**NO_NOISE, **o}),
+            reason, converges=False,  # of order 3 or 2 by the count: see test_dpm_orders.py
+        )
+        for suffix, options, reason in (
+            ("", {}, "default"),
+            ("-noise", {"eta": 1.0}, "noise once a step"),
+            ("-options", {"eta": 0.7, "s_noise": 1.01}, "options"),
+        )
+    },
 }  # fmt: skip

@@ -23,6 +23,8 @@ from test_convergence import (
     tables,
 )
 
+from fastdiff import solvers
+
 # solver and the order that its table states off flows; on a flow the first step, of first order
 # over 1/n of the time, leaves 2
 APART = {
@@ -72,3 +74,31 @@ def test_first_order_sde_of_the_noise_form(name):
     a, b = errors["karras"]
     assert abs(math.log2(a / b) - 1) < FAR, errors
     assert errors["exponential"][1] < 0.15 * b
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+@pytest.mark.parametrize("name", ["vp", "edm"])
+def test_dpm_fast(name, eta):
+    """Of order 3 where no step is of first order; that one shows late, as it is the last."""
+    schedule = SCHEDULES[name][0]
+    x, want = start(schedule), exact_mixture(name)
+
+    def error(n):
+        table = solvers.build(
+            "dpm_fast",
+            schedule,
+            n,
+            prediction="sample",
+            spacing="exponential",
+            final="sigma_min",
+            eta=eta,
+        )
+        assert table.nfe == n and table.order == (3 if n % 3 == 2 else 2)
+        if eta:
+            got = table_moments(table, *marginal(schedule, schedule.t_max))[1]
+            return abs(got - marginal(schedule, schedule.t_min)[1])
+        return float(np.abs(run(table, x, network_of(table, mixture), no_noise)[-1] - want).max())
+
+    assert abs(math.log2(error(302) / error(605)) - 3) < FAR
+    if name == "vp" and not eta:
+        assert abs(math.log2(error(600) / error(1200)) - 2) < FAR

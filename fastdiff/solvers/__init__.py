@@ -20,6 +20,7 @@ from fastdiff.solvers._walk import PREDICTIONS, Walk
 from fastdiff.solvers.ddim import ddim
 from fastdiff.solvers.ddpm import ddpm
 from fastdiff.solvers.dpm_2 import dpm_2, dpm_2_ancestral, dpmpp_2s_ancestral
+from fastdiff.solvers.dpm_fast import dpm_fast
 from fastdiff.solvers.dpm_multistep import dpm_multistep, dpmpp_3m_sde, dpmpp_multistep
 from fastdiff.solvers.dpm_singlestep import dpm_singlestep, dpmpp_singlestep
 from fastdiff.solvers.dpmpp import dpmpp_2m, dpmpp_2m_sde
@@ -33,7 +34,7 @@ SOLVERS: dict[str, Callable[..., StepTable]] = {
     f.__name__: f for f in (
         ddpm, ddim, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde,
         dpmpp_multistep, dpm_multistep, dpmpp_3m_sde,
-        dpmpp_singlestep, dpm_singlestep,
+        dpmpp_singlestep, dpm_singlestep, dpm_fast,
         dpm_2, dpm_2_ancestral, dpmpp_2s_ancestral,
     )
 }  # fmt: skip

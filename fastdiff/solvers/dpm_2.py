@@ -110,9 +110,9 @@ def dpmpp_2s_ancestral(walk: Walk, *, eta: float = 1.0, s_noise: float = 1.0) ->
     fresh noise; on a flow ComfyUI's ``sample_dpmpp_2s_ancestral_RF``.
 
     Order 2 (weak: measured on Gaussian data), two evaluations a step and one draw, one x0 kept from
-    the first to the second; the step to clean data evaluates once and draws nothing. A step from alpha = 0,
-    whose midpoint in log-SNR is its start, is Euler's (ComfyUI evaluates again at t = 0.9999).
-    Other names: DPM++ 2S a.
+    the first to the second; the step to clean data evaluates once and draws nothing. A step from
+    alpha = 0, whose midpoint in log-SNR is its start, is Euler's (ComfyUI evaluates again at
+    t = 0.9999). Other names: DPM++ 2S a.
 
     Args:
         eta, s_noise: as in `dpm_2_ancestral`.

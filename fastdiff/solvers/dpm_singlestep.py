@@ -1,4 +1,4 @@
-"""DPM-Solver and DPM-Solver++, singlestep (Runge-Kutta), and k-diffusion's dpm_fast."""
+"""DPM-Solver and DPM-Solver++, singlestep (Runge-Kutta): a group of rows is one step."""
 
 from __future__ import annotations
 
