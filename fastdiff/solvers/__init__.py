@@ -21,7 +21,9 @@ from fastdiff.solvers._walk import PREDICTIONS, Walk
 from fastdiff.solvers.adams import deis, gradient_estimation, ipndm, ipndm_v, lms
 from fastdiff.solvers.ddim import ddim
 from fastdiff.solvers.ddpm import ddpm
+from fastdiff.solvers.dpm_2 import dpm_2, dpm_2_ancestral, dpmpp_2s_ancestral
 from fastdiff.solvers.dpm_multistep import dpm_multistep, dpmpp_3m_sde, dpmpp_multistep
+from fastdiff.solvers.dpm_singlestep import dpm_singlestep, dpmpp_singlestep
 from fastdiff.solvers.dpmpp import dpmpp_2m, dpmpp_2m_sde
 from fastdiff.solvers.euler import euler, euler_ancestral
 from fastdiff.solvers.heun import heun
@@ -35,7 +37,9 @@ __all__ = ["PREDICTIONS", "SOLVERS", "build", "build_on"]
 _FAMILIES: tuple[tuple[Callable[..., StepTable], ...], ...] = (
     (ddpm, ddim),
     (euler, euler_ancestral, heun),
+    (dpm_2, dpm_2_ancestral, dpmpp_2s_ancestral),
     (dpmpp_2m, dpmpp_2m_sde, dpmpp_multistep, dpm_multistep, dpmpp_3m_sde),
+    (dpmpp_singlestep, dpm_singlestep),
     (lms, plms, pndm, ipndm, ipndm_v, deis, gradient_estimation),
     (unipc,),
 )
