@@ -22,13 +22,15 @@ from fastdiff.solvers.ddpm import ddpm
 from fastdiff.solvers.dpmpp import dpmpp_2m, dpmpp_2m_sde
 from fastdiff.solvers.euler import euler, euler_ancestral
 from fastdiff.solvers.heun import heun
+from fastdiff.solvers.sa_solver import sa_solver
 from fastdiff.solvers.unipc import unipc
 from fastdiff.table import StepTable
 
 __all__ = ["PREDICTIONS", "SOLVERS", "build", "build_on"]
 
 SOLVERS: dict[str, Callable[..., StepTable]] = {
-    f.__name__: f for f in (ddpm, ddim, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde, unipc)
+    f.__name__: f
+    for f in (ddpm, ddim, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde, unipc, sa_solver)
 }
 
 # the kinds of schedule on which a prediction has its meaning
