@@ -28,6 +28,7 @@ from fastdiff.solvers.dpmpp import dpmpp_2m, dpmpp_2m_sde
 from fastdiff.solvers.euler import euler, euler_ancestral
 from fastdiff.solvers.heun import heun
 from fastdiff.solvers.pndm import plms, pndm
+from fastdiff.solvers.sa_solver import sa_solver
 from fastdiff.solvers.unipc import unipc
 from fastdiff.spacings import OPTIONS
 from fastdiff.table import StepTable
@@ -41,7 +42,7 @@ _FAMILIES: tuple[tuple[Callable[..., StepTable], ...], ...] = (
     (dpmpp_2m, dpmpp_2m_sde, dpmpp_multistep, dpm_multistep, dpmpp_3m_sde),
     (dpmpp_singlestep, dpm_singlestep),
     (lms, plms, pndm, ipndm, ipndm_v, deis, gradient_estimation),
-    (unipc,),
+    (unipc, sa_solver),
 )
 SOLVERS: dict[str, Callable[..., StepTable]] = {
     builder.__name__: builder for family in _FAMILIES for builder in family
