@@ -119,6 +119,8 @@ class Case(NamedTuple):
         kinds: of schedule on which the solver is defined.
         signal: whether it needs a grid that begins with alpha > 0.
         converges: whether its order of convergence is measured (with these options).
+        ends_in_x0: whether a step to clean data ends in the x0 prediction alone.
+        gaussian_order: order on Gaussian data where an error term vanishes there.
     """
 
     solver: str
@@ -128,6 +130,8 @@ class Case(NamedTuple):
     kinds: tuple[str, ...] = ("discrete", "edm", "flow")
     signal: bool = False
     converges: bool = True
+    ends_in_x0: bool = True
+    gaussian_order: int | None = None
 
 
 # --- Ho et al. 2020 (arXiv:2006.11239) ------------------------------------------------------

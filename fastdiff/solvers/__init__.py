@@ -22,6 +22,7 @@ from fastdiff.solvers.ddim import ddim
 from fastdiff.solvers.ddpm import ddpm
 from fastdiff.solvers.dpmpp import dpmpp_2m, dpmpp_2m_sde
 from fastdiff.solvers.euler import euler, euler_ancestral
+from fastdiff.solvers.flow import flow_heun3, flow_midpoint, flow_rk4
 from fastdiff.solvers.heun import heun
 from fastdiff.spacings import OPTIONS
 from fastdiff.table import StepTable
@@ -29,8 +30,11 @@ from fastdiff.table import StepTable
 __all__ = ["PREDICTIONS", "SOLVERS", "build", "build_on"]
 
 SOLVERS: dict[str, Callable[..., StepTable]] = {
-    f.__name__: f for f in (ddpm, ddim, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde)
-}
+    f.__name__: f for f in (
+        ddpm, ddim, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde,
+        flow_midpoint, flow_heun3, flow_rk4,
+    )
+}  # fmt: skip
 
 # the kinds of schedule on which a prediction has its meaning
 _KINDS = {"v_prediction": "discrete", "flow": "flow", "edm": "edm"}
