@@ -35,6 +35,7 @@ class Problem:
         rederive: whether the noise is derived again from the clipped x0.
         sigma_data: of the EDM preconditioning.
         uncond: raw unconditional output, for CFG++; None where the solver has no use for it.
+        scales_at: alpha and sigma of a time.
     """
 
     times: Array
@@ -49,6 +50,7 @@ class Problem:
     rederive: bool = True
     sigma_data: float = 0.5
     uncond: Callable[[Array, float], Array] | None = None
+    scales_at: Callable[[float], tuple[float, float]] | None = None
 
     @property
     def steps(self) -> int:

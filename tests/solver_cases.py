@@ -101,6 +101,7 @@ def problem_of(schedule, grid, prediction, **more):
         time_of=lambda level: float(schedule.time(level)),
         sigma_data=schedule.sigma_data,
         uncond=make_uncond(network),
+        scales_at=lambda t: (float(schedule.alpha(t)), float(schedule.sigma(t))),
         **more,
     )
 

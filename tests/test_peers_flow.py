@@ -140,5 +140,3 @@ def test_diffusers(case, shift, monkeypatch):
             assert len(theirs) == len(ours) == 2 * steps - 1
         # at the first point, alpha is 0: x is noise, and is counted in its own units
         assert_within(theirs, ours, budget, (case, steps))
-
-

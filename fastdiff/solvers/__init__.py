@@ -20,6 +20,7 @@ from fastdiff.solvers._checks import choice
 from fastdiff.solvers._walk import PREDICTIONS, Walk
 from fastdiff.solvers.ddim import ddim
 from fastdiff.solvers.ddpm import ddpm
+from fastdiff.solvers.distilled import consistency, lcm, tcd
 from fastdiff.solvers.dpmpp import dpmpp_2m, dpmpp_2m_sde
 from fastdiff.solvers.euler import euler, euler_ancestral
 from fastdiff.solvers.flow import flow_heun3, flow_midpoint, flow_rk4
@@ -32,7 +33,7 @@ __all__ = ["PREDICTIONS", "SOLVERS", "build", "build_on"]
 SOLVERS: dict[str, Callable[..., StepTable]] = {
     f.__name__: f for f in (
         ddpm, ddim, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde,
-        flow_midpoint, flow_heun3, flow_rk4,
+        flow_midpoint, flow_heun3, flow_rk4, lcm, tcd, consistency,
     )
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Explicit Runge-Kutta methods in t on a flow, dx/dt = noise - x0 (Liu et al. 2022, rectified flow).
+"""Explicit Runge-Kutta methods in t on a flow, dx/dt = noise - x0 (Liu et al. 2022).
 
 Euler's method is `euler` (or `ddim`), Heun's of second order is `heun`.
 """
