@@ -21,21 +21,28 @@ from fastdiff.solvers._walk import PREDICTIONS, Walk
 from fastdiff.solvers.ddim import ddim
 from fastdiff.solvers.ddpm import ddpm
 from fastdiff.solvers.distilled import consistency, lcm, tcd
+from fastdiff.solvers.dpm_multistep import dpm_multistep, dpmpp_3m_sde, dpmpp_multistep
 from fastdiff.solvers.dpmpp import dpmpp_2m, dpmpp_2m_sde
 from fastdiff.solvers.euler import euler, euler_ancestral
 from fastdiff.solvers.flow import flow_heun3, flow_midpoint, flow_rk4
 from fastdiff.solvers.heun import heun
+from fastdiff.solvers.unipc import unipc
 from fastdiff.spacings import OPTIONS
 from fastdiff.table import StepTable
 
 __all__ = ["PREDICTIONS", "SOLVERS", "build", "build_on"]
 
+_FAMILIES: tuple[tuple[Callable[..., StepTable], ...], ...] = (
+    (ddpm, ddim),
+    (euler, euler_ancestral, heun),
+    (dpmpp_2m, dpmpp_2m_sde, dpmpp_multistep, dpm_multistep, dpmpp_3m_sde),
+    (unipc,),
+    (flow_midpoint, flow_heun3, flow_rk4),
+    (lcm, tcd, consistency),
+)
 SOLVERS: dict[str, Callable[..., StepTable]] = {
-    f.__name__: f for f in (
-        ddpm, ddim, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde,
-        flow_midpoint, flow_heun3, flow_rk4, lcm, tcd, consistency,
-    )
-}  # fmt: skip
+    builder.__name__: builder for family in _FAMILIES for builder in family
+}
 
 # the kinds of schedule on which a prediction has its meaning
 _KINDS = {"v_prediction": "discrete", "flow": "flow", "edm": "edm"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 
 
 def number(
@@ -35,3 +35,12 @@ def flag(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"build: {name} must be True or False, got {type(value).__name__}")
     return value
+
+
+def whole(name: str, value: object, low: int, high: int) -> int:
+    """The option as an integer in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"build: {name} must be an integer, got {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"build: {name} must lie in [{low}, {high}], got {value}")
+    return int(value)
