@@ -147,8 +147,9 @@ def _backend_of(args: argparse.Namespace, table: Any) -> str:
     history = torch.zeros(max(table.depth, 1), *x.shape, device=args.device)
     with backends.use_backend(args.backend):
         answers = ops.describe(
-            "reverse_step", x, x, table, 0, seeds=seeds, history=history, clip=1.0
-        )
+            "reverse_step", x, x, table, 0,
+            uncond=x, y=x.clone(), seeds=seeds, history=history, clip=1.0,
+        )  # fmt: skip
     return next(name for name, answer in answers.items() if answer == "chosen")
 
 

@@ -16,9 +16,9 @@ from fastdiff.table import StepTable
 def lcm(walk: Walk, *, s_noise: float = 1.0, timestep_scaling: float | None = None) -> StepTable:
     """Luo et al. 2023 (arXiv:2310.04378), latent consistency models, multistep sampling.
 
-    x' = alpha' D + sigma' n; no order, one evaluation and one draw a step, no history. Other names:
-    sample_lcm, LCMScheduler (with spacing "lcm" and timestep_scaling=10), FlowMatchLCMScheduler and
-    FlowMatchEulerDiscreteScheduler's stochastic_sampling.
+    x' = alpha' D + sigma' n. Order none, one evaluation and one draw a step, no history. Other
+    names: sample_lcm, LCMScheduler (with spacing "lcm" and timestep_scaling=10),
+    FlowMatchLCMScheduler, FlowMatchEulerDiscreteScheduler with stochastic_sampling.
 
     Args:
         s_noise: scale of the noise.
@@ -45,9 +45,9 @@ def lcm(walk: Walk, *, s_noise: float = 1.0, timestep_scaling: float | None = No
 def tcd(walk: Walk, *, gamma: float = 0.3, s_noise: float = 1.0) -> StepTable:
     """Zheng et al. 2024 (arXiv:2402.19159), strategic stochastic sampling.
 
-    A DDIM step to s = (1 - gamma) t' and noise back up to t', the forward process from s to t'. One
-    evaluation a step, no history, one draw a step unless gamma is 0, which is DDIM of order 1; any
-    other gamma has no order. Other names: TCDScheduler, whose eta is this gamma and whose last
+    A DDIM step to s = (1 - gamma) t' and noise back up to t', the forward process from s to t'.
+    Order none, but 1 where gamma is 0, which is DDIM; one evaluation and one draw a step, no
+    history. Other names: TCDScheduler, whose eta is this gamma and whose last
     point is t = 0, not clean data (`final="sigma_min"`).
 
     Args:
@@ -77,12 +77,14 @@ def _below(walk: Walk, then: Point, gamma: float) -> Point:
 def consistency(walk: Walk, *, s_noise: float = 1.0) -> StepTable:
     """Song et al. 2023 (arXiv:2303.01469), consistency models, algorithm 1.
 
-    x' = f(x) + sqrt(sigma'^2 - eps^2) n with eps the schedule's sigma_min; no order, one evaluation
-    and one draw a step, no history. For an EDM schedule alone. With prediction "edm" the network is
-    the raw F and f = c_skip x + c_out F by the boundary condition of appendix C, c_skip = d^2/
-    ((sigma - eps)^2 + d^2), c_out = d (sigma - eps)/sqrt(sigma^2 + d^2), d = sigma_data, so that f
-    is x at sigma = eps; with others f is the x0 prediction. Clipping clips f. Other names:
+    x' = f(x) + sqrt(sigma'^2 - eps^2) n with eps the schedule's sigma_min. Order none, one
+    evaluation and one draw a step, no history. For an EDM schedule alone. Other names:
     CMStochasticIterativeScheduler, stochastic_iterative_sampler.
+
+    With prediction "edm" the network is the raw F and f = c_skip x + c_out F by the boundary
+    condition of appendix C, c_skip = d^2/((sigma - eps)^2 + d^2), c_out = d (sigma - eps)/
+    sqrt(sigma^2 + d^2), d = sigma_data, so that f is x at sigma = eps; with others f is the x0
+    prediction. Clipping clips f.
 
     Args:
         s_noise: scale of the noise.

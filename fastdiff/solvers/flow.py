@@ -65,31 +65,32 @@ def _runge_kutta(walk: Walk, name: str, tableau: Tableau) -> None:
 
 
 def flow_midpoint(walk: Walk) -> StepTable:
-    """The explicit midpoint method: Runge 1895; torchdiffeq's "midpoint" on the same grid.
+    """The explicit midpoint method (Runge 1895) on rectified flow, arXiv:2209.03003.
 
     Order 2, two evaluations a step, no noise, the state kept at the start of the step. On a flow
-    schedule alone.
+    schedule alone. Other names: torchdiffeq's "midpoint" on the same grid.
     """
     _runge_kutta(walk, "flow_midpoint", MIDPOINT)
     return walk.table("flow_midpoint", 2)
 
 
 def flow_heun3(walk: Walk) -> StepTable:
-    """Heun's method of third order: Heun 1900; torchdiffeq's "heun3" on the same grid.
+    """Heun's method of third order (Heun 1900) on rectified flow, arXiv:2209.03003.
 
     Order 3, three evaluations a step, no noise, the state at the start of the step and the slopes
-    of its stages kept. On a flow schedule alone.
+    of its stages kept. On a flow schedule alone. Other names: torchdiffeq's "heun3" on the same
+    grid.
     """
     _runge_kutta(walk, "flow_heun3", HEUN3)
     return walk.table("flow_heun3", 3)
 
 
 def flow_rk4(walk: Walk, *, variant: str = "3/8") -> StepTable:
-    """Kutta's methods of fourth order: Kutta 1901; torchdiffeq's "rk4" on the same grid.
+    """Kutta's methods of fourth order (Kutta 1901) on rectified flow, arXiv:2209.03003.
 
     Order 4, four evaluations a step, no noise, the state at the start of the step and the slopes of
     its stages kept. The step to clean data is `flow_heun3`'s, as neither has a slope at t = 0. On
-    a flow schedule alone.
+    a flow schedule alone. Other names: torchdiffeq's "rk4" on the same grid.
 
     Args:
         variant: "3/8" is the rule that torchdiffeq calls rk4, "classic" the better known one.
