@@ -19,7 +19,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastdiff import spacings
-from fastdiff.spacings import SPACINGS, _integer, _require
+from fastdiff.spacings import SPACINGS
+from fastdiff.spacings._rules import integer as _integer
+from fastdiff.spacings._rules import require as _require
 
 __all__ = [
     "NAMES", "SPACINGS", "Grid", "Schedule", "cosine", "dynamic_shift", "edm", "flow",
@@ -172,7 +174,7 @@ class Schedule:
             options["steps_offset"] = offset
         if rho is not None and "rho" in spacings.options_of(spacing):
             options["rho"] = rho
-        times = spacings.times(self, n, spacing, to_zero, options)
+        times = spacings.points(self, n, spacing, to_zero, options)
         return self._grid(times, to_zero, f"steps={n}, spacing={spacing!r}, final={final!r}")
 
     def custom(
@@ -352,9 +354,8 @@ def dynamic_shift(
 ) -> float:
     """The `shift` of a flow for an image of `seq_len` tokens, as Flux and diffusers have it.
 
-    mu lies on the line through (base_seq_len, base_shift) and (max_seq_len, max_shift), and
-    t' = e^mu / (e^mu + 1/t - 1), or mu / (mu + 1/t - 1) for "linear": the warp of `flow` by a shift
-    of e^mu or mu.
+    mu lies on the line through (base_seq_len, base_shift) and (max_seq_len, max_shift); the shift
+    is e^mu, as t' = e^mu / (e^mu + 1/t - 1), or mu itself for "linear".
     """
     n = _integer("dynamic_shift", "seq_len", seq_len, 1)
     rule = "be below max_seq_len"

@@ -101,7 +101,7 @@ def problem_of(schedule, grid, prediction, **more):
         time_of=lambda level: float(schedule.time(level)),
         sigma_data=schedule.sigma_data,
         uncond=make_uncond(network),
-        level_of=lambda t: float(schedule.ratio(t)),
+        scales_at=lambda t: (float(schedule.alpha(t)), float(schedule.sigma(t))),
         **more,
     )
 

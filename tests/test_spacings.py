@@ -15,7 +15,7 @@ from spacing_cases import EDM, EPS, EPS32, FLOW, LINEAR, SD, STEPS, assert_level
 from test_spacings_comfy import COMFY
 
 from fastdiff import schedules, solvers, spacings
-from fastdiff._beta import beta_cdf, beta_ppf
+from fastdiff.spacings._beta import beta_cdf, beta_ppf
 
 # --- the inverse incomplete beta function -----------------------------------------------------
 
@@ -41,7 +41,7 @@ def test_inverse_beta_is_that_of_scipy(shape):
     assert (np.abs(got - want)[1:400] <= bound).all()
     assert got[0] == 0 and got[400] == 1 and (np.diff(got[:401]) >= 0).all()
     small = beta_cdf(got[401], *shape), beta_cdf(got[402], *shape)  # a tail keeps its digits
-    assert np.allclose(small, p[401:403], rtol=64 * EPS * sum(shape), atol=0)
+    assert np.allclose(small, p[401:403], rtol=64 * EPS * (1 + sum(shape)), atol=0)
 
 
 def test_inverse_beta_below_the_smallest_number():
@@ -289,7 +289,8 @@ def test_no_solver_option_is_a_spacing_option():
 
 
 def test_every_spacing_is_held_against_a_peer():
-    integer = {"trailing", "linspace", "leading"}  # test_schedules.py
-    tested = integer | set(K) | set(COMFY) | set(spacings.AYS) | {v[0] for v in CONVERTED.values()}
+    tested = {"trailing", "linspace", "leading"}  # test_schedules.py
+    tested |= {"lcm"}  # test_peers_distilled.py
+    tested |= set(K) | set(COMFY) | set(spacings.AYS) | {v[0] for v in CONVERTED.values()}
     tested |= {"vp", "laplace", "kl_optimal", "linear_quadratic"}
     assert tested == {name for names in schedules.SPACINGS.values() for name in names}

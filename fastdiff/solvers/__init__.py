@@ -21,11 +21,13 @@ from fastdiff.solvers._walk import PREDICTIONS, Walk
 from fastdiff.solvers.adams import deis, gradient_estimation, ipndm, ipndm_v, lms
 from fastdiff.solvers.ddim import ddim
 from fastdiff.solvers.ddpm import ddpm
+from fastdiff.solvers.distilled import consistency, lcm, tcd
 from fastdiff.solvers.dpm_2 import dpm_2, dpm_2_ancestral, dpmpp_2s_ancestral
 from fastdiff.solvers.dpm_multistep import dpm_multistep, dpmpp_3m_sde, dpmpp_multistep
 from fastdiff.solvers.dpm_singlestep import dpm_singlestep, dpmpp_singlestep
 from fastdiff.solvers.dpmpp import dpmpp_2m, dpmpp_2m_sde
 from fastdiff.solvers.euler import euler, euler_ancestral
+from fastdiff.solvers.flow import flow_heun3, flow_midpoint, flow_rk4
 from fastdiff.solvers.heun import heun
 from fastdiff.solvers.pndm import plms, pndm
 from fastdiff.solvers.sa_solver import sa_solver
@@ -43,6 +45,8 @@ _FAMILIES: tuple[tuple[Callable[..., StepTable], ...], ...] = (
     (dpmpp_singlestep, dpm_singlestep),
     (lms, plms, pndm, ipndm, ipndm_v, deis, gradient_estimation),
     (unipc, sa_solver),
+    (flow_midpoint, flow_heun3, flow_rk4),
+    (lcm, tcd, consistency),
 )
 SOLVERS: dict[str, Callable[..., StepTable]] = {
     builder.__name__: builder for family in _FAMILIES for builder in family

@@ -115,11 +115,13 @@ class Walk:
         draws: tuple[tuple[int, int], ...] = (),
         push: bool | tuple[float, float] = False,
         log_variance: tuple[float, float] | None = None,
+        convert: tuple[float, float] | None = None,
     ) -> None:
         """A row that evaluates the model at a point and, where `noise` is not 0, adds a draw.
 
         A row with draws of its own (two, or an earlier row's again) names them in `draws` and
-        gives their coefficients in x as "n1" and "n2".
+        gives their coefficients in x as "n1" and "n2". `convert` is (p, q) of a d that is not the
+        x0 prediction.
         """
         time, c_in = at.time, 1.0
         if self.prediction == "edm":
@@ -131,7 +133,7 @@ class Walk:
                 time=time,
                 alpha=at.alpha,
                 sigma=at.sigma,
-                convert=self.conversion(at),
+                convert=self.conversion(at) if convert is None else convert,
                 push=push,
                 draws=((STEP, len(self.rows)),) if noise else draws,
                 log_variance=log_variance if noise else None,
