@@ -147,17 +147,23 @@ def _backend_of(args: argparse.Namespace, table: Any) -> str:
     history = torch.zeros(max(table.depth, 1), *x.shape, device=args.device)
     with backends.use_backend(args.backend):
         answers = ops.describe(
-            "reverse_step", x, x, table, 0, seeds=seeds, history=history, clip=1.0
-        )
+            "reverse_step", x, x, table, 0,
+            uncond=x, y=x.clone(), seeds=seeds, history=history, clip=1.0,
+        )  # fmt: skip
     return next(name for name, answer in answers.items() if answer == "chosen")
 
 
 def list_solvers(args: argparse.Namespace) -> int:
     """A line a solver: what it costs and needs."""
-    schedule = schedules.cosine()
+    kinds = schedules.cosine(), schedules.edm(), schedules.flow()
     print(f"{'solver':<18}{'order':>6}{'NFE at 20 steps':>17}{'noise':>7}{'history':>9}  source")
     for name, builder in solvers.SOLVERS.items():
-        table = solvers.build(name, schedule, 20, prediction="v_prediction")
+        for schedule in kinds:  # the first on which the solver is defined
+            try:
+                table = solvers.build(name, schedule, 20, prediction="sample")
+            except ValueError:
+                continue
+            break
         source = (builder.__doc__ or "").strip().partition("\n")[0]
         print(
             f"{name:<18}{table.order:>6}{table.nfe:>17}"
@@ -199,7 +205,8 @@ def _parser() -> argparse.ArgumentParser:
     s.add_argument("--model", default="fashion", help="shipped name or .safetensors path")
     s.add_argument("--solver", default="dpmpp_2m", help="see `fastdiff solvers`")
     s.add_argument("--steps", type=int, default=20)
-    s.add_argument("--spacing", default=None, help="spacing of the steps in time")
+    names = dict.fromkeys(name for every in schedules.SPACINGS.values() for name in every)
+    s.add_argument("--spacing", default=None, help=f"of the steps in time: {', '.join(names)}")
     s.add_argument("--seeds", default="0-7", help="like 0-7,42")
     s.add_argument("--label", default=None, help="classes by number or name, default all")
     s.add_argument("--guidance", type=float, default=None, help="default: the card's")

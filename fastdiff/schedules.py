@@ -11,7 +11,6 @@ Three kinds of time:
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,24 +18,17 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fastdiff import spacings
+from fastdiff.spacings import SPACINGS
+from fastdiff.spacings._rules import integer as _integer
+from fastdiff.spacings._rules import require as _require
+
 __all__ = [
-    "NAMES", "SPACINGS", "Grid", "Schedule", "cosine", "edm", "flow", "from_betas", "from_config",
-    "linear", "rescale_zero_terminal_snr", "scaled_linear", "sigmoid",
+    "NAMES", "SPACINGS", "Grid", "Schedule", "cosine", "dynamic_shift", "edm", "flow",
+    "from_betas", "from_config", "linear", "rescale_zero_terminal_snr", "scaled_linear", "sigmoid",
 ]  # fmt: skip
 
 Array = NDArray[np.float64]
-
-# the spacings of each kind, its default first
-SPACINGS: dict[str, tuple[str, ...]] = {
-    "discrete": ("trailing", "linspace", "leading", "karras", "exponential"),
-    "edm": ("karras", "exponential"),
-    "flow": ("linspace", "karras", "exponential"),
-}
-
-
-def _require(ok: bool | np.bool_, where: str, argument: str, rule: str, got: object) -> None:
-    if not ok:
-        raise ValueError(f"schedules.{where}: {argument} must {rule}, got {got}")
 
 
 def _frozen(values: ArrayLike) -> Array:
@@ -147,10 +139,11 @@ class Schedule:
         spacing: str | None = None,
         final: Literal["zero", "sigma_min"] = "zero",
         *,
-        rho: float = 7.0,
+        rho: float | None = None,
         steps_offset: int = 0,
+        **options: Any,
     ) -> Grid:
-        """The grid for `steps` intervals.
+        """The grid for `steps` intervals: always `steps + 1` points, or an error that says why not.
 
         Args:
             steps: number of intervals, >= 1 (and <= T for the integer spacings).
@@ -158,12 +151,13 @@ class Schedule:
                 "linspace", "leading", "trailing" of a discrete schedule are the integer times of
                 Lin et al. 2023 (arXiv:2305.08891), table 2, rounded as diffusers' DDIM does.
                 "linspace" of a flow runs from 1 to 0 and is warped by `shift`.
-                "karras" is Karras et al. 2022 (arXiv:2206.00364), equation 5, on sigma/alpha (on t
-                for a flow, whose sigma/alpha is infinite at t = 1); "exponential" is uniform in
-                the logarithm of the same.
-            final: "zero" ends at clean data, "sigma_min" at `t_min`.
-            rho: exponent of "karras".
+                The others are the functions of `fastdiff.spacings`, of sigma/alpha or, for a flow,
+                of t (sigma/alpha is infinite at t = 1); a name with @ says whose of several it is.
+            final: "zero" ends at clean data, "sigma_min" at `t_min` ("vp" and "laplace" at a
+                lowest level of their own).
+            rho: exponent of "karras" (7 unless told) and "polyexponential" (1).
             steps_offset: added to the times of "leading" (Stable Diffusion 1 uses 1).
+            options: of the spacing.
 
         Raises:
             TypeError: `steps` is not an int. ValueError: a rule is broken, or points coincide.
@@ -172,26 +166,60 @@ class Schedule:
         spacing = allowed[0] if spacing is None else spacing
         rule = f"be one of {allowed} for kind {self.kind!r}"
         _require(spacing in allowed, "points", "spacing", rule, repr(spacing))
-        _require(
-            final in ("zero", "sigma_min"), "points", "final", "be 'zero' or 'sigma_min'", final
-        )
+        to_zero = self._to_zero(final)
         offset = _integer("points", "steps_offset", steps_offset, 0)
         rule = "be 0 unless spacing is 'leading'"
         _require(not offset or spacing == "leading", "points", "steps_offset", rule, offset)
-        to_zero = final == "zero"
-        if spacing in ("karras", "exponential"):
-            times = self._ramp(n if to_zero else n + 1, spacing, rho)
-        elif self.kind == "flow":
-            # the last point is t_min itself after the warp, so it is unwarped first
-            last = 0.0 if to_zero else self.t_min / (self.shift + (1 - self.shift) * self.t_min)
-            u = np.linspace(1.0, last, n + 1)
-            times = self.shift * u / (1 + (self.shift - 1) * u)
-            times[-1] = 0.0 if to_zero else self.t_min
-        else:
-            times = self._integer_times(n, spacing, to_zero, offset)
-        if len(times) == n:
+        if offset:
+            options["steps_offset"] = offset
+        if rho is not None and "rho" in spacings.options_of(spacing):
+            options["rho"] = rho
+        times = spacings.points(self, n, spacing, to_zero, options)
+        return self._grid(times, to_zero, f"steps={n}, spacing={spacing!r}, final={final!r}")
+
+    def custom(
+        self,
+        *,
+        sigmas: ArrayLike | None = None,
+        timesteps: ArrayLike | None = None,
+        final: Literal["zero", "sigma_min"] = "zero",
+    ) -> Grid:
+        """The grid of given points, noisiest first.
+
+        Args:
+            sigmas: levels sigma/alpha, as k-diffusion counts them (times t for a flow, whose
+                sigma is t).
+            timesteps: times of the schedule; exactly one of the two is given.
+            final: "zero" ends at clean data, which is added where the list does not end there
+                itself (k-diffusion's lists do, those of diffusers do not); "sigma_min" takes the
+                list as it is.
+
+        Raises:
+            ValueError: a point lies outside the schedule, or they do not fall.
+        """
+        one = (sigmas is None) != (timesteps is None)
+        _require(one, "custom", "sigmas, timesteps", "be one list, not two", "two or none")
+        to_zero = self._to_zero(final)
+        times = np.array(timesteps if sigmas is None else sigmas, np.float64)
+        _require(times.ndim == 1 and times.size > 0, "custom", "list", "be flat", times.shape)
+        _require(np.isfinite(times).all(), "custom", "list", "be finite", times)
+        if sigmas is not None and self.kind == "discrete":
+            _require((times >= 0).all(), "custom", "sigmas", "be >= 0", times.min())
+            times[times == 0] = self.t_clean
+            times[times > 0] = spacings.times_of(self, times[times > 0])
+        add = to_zero and times[-1] != self.t_clean
+        return self._grid(times, add, "the given list")
+
+    def _to_zero(self, final: str) -> bool:
+        rule = "be 'zero' or 'sigma_min'"
+        _require(final in ("zero", "sigma_min"), "points", "final", rule, final)
+        return final == "zero"
+
+    def _grid(self, times: Array, add_clean: bool, what: str) -> Grid:
+        if add_clean and times[-1] != self.t_clean:
             times = np.append(times, self.t_clean)
-        got = f"coinciding points for steps={n}, spacing={spacing!r}, final={final!r}"
+        _require(len(times) > 1, "points", "times", "be at least two", f"one for {what}")
+        got = f"points that coincide or rise for {what}"
         _require((np.diff(times) < 0).all(), "points", "times", "strictly decrease", got)
         return Grid(_frozen(times), *map(_frozen, self._scales("points", times)))
 
@@ -236,59 +264,6 @@ class Schedule:
             alpha = np.where(whole, np.sqrt(at), 1 / np.hypot(1, r))
             sigma = np.where(whole, np.sqrt(1 - at), 1 / np.hypot(1, 1 / r))
         return alpha, sigma
-
-    def _ramp(self, n: int, spacing: str, rho: float) -> Array:
-        """n points from the noisiest to the least noisy time."""
-        if self.kind == "flow":
-            # the ramp has its own density of points, so a shift could only be ignored
-            rule = f"be 'linspace' for a flow with shift={self.shift}"
-            _require(self.shift == 1, "points", "spacing", rule, repr(spacing))
-            high, low = self.t_max, self.t_min
-        else:
-            high, low = float(self.ratio(self.t_max)), float(self.ratio(self.t_min))
-        rule = f"be one of {SPACINGS['discrete'][:3]} where sigma/alpha is infinite at t_max"
-        _require(math.isfinite(high), "points", "spacing", rule, repr(spacing))
-        _require(0 < rho < math.inf, "points", "rho", "be > 0 and finite", rho)
-        ramp = np.linspace(0.0, 1.0, n)
-        if spacing == "karras":
-            top, bottom = high ** (1 / rho), low ** (1 / rho)
-            levels = (top + ramp * (bottom - top)) ** rho
-        else:
-            levels = np.exp(math.log(high) + ramp * (math.log(low) - math.log(high)))
-        times = levels if self.kind == "flow" else self.time(levels)
-        # the ends exactly: a rounding error there would leave the domain
-        times[0] = self.t_max
-        if n > 1:
-            times[-1] = self.t_min
-        return times
-
-    def _integer_times(self, steps: int, spacing: str, to_zero: bool, offset: int) -> Array:
-        """`steps` or, where the spacing itself ends at t_min, `steps + 1` integer times."""
-        total = len(self._abar("points"))
-        # "trailing" does not end at t_min by itself
-        n = steps if to_zero or spacing == "trailing" else steps + 1
-        rule = f"be at most {total - n + steps} for spacing={spacing!r}"
-        _require(n <= total, "points", "steps", rule, steps)
-        if spacing == "linspace":
-            # one point is the noisiest; np.linspace would give the least noisy
-            return np.linspace(0, total - 1, n).round()[::-1] if n > 1 else np.array([total - 1.0])
-        if spacing == "leading":
-            times = (np.arange(n) * (total // n))[::-1].astype(np.float64) + offset
-            rule = f"keep the times below {total}, and be 0 with final='sigma_min'"
-            fits = times[0] < total and (to_zero or not offset)
-            _require(fits, "points", "steps_offset", rule, offset)
-            return times
-        # as diffusers writes it, sums and all, so that halves round the same way
-        times = np.round(np.arange(total, 0, -total / steps))[:steps] - 1
-        return times if to_zero else np.append(times, self.t_min)
-
-
-def _integer(where: str, name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not hasattr(type(value), "__index__"):
-        raise TypeError(f"schedules.{where}: {name} must be an int, got {value!r}")
-    number = operator.index(value)
-    _require(number >= least, where, name, f"be >= {least}", value)
-    return number
 
 
 def _from_abar(name: str, params: dict[str, Any], abar: NDArray[Any]) -> Schedule:
@@ -366,6 +341,33 @@ def flow(shift: float = 1.0, sigma_min: float = 1e-3) -> Schedule:
     _require(fits, "flow", "shift, sigma_min", rule, (shift, sigma_min))
     params = (("shift", shift), ("sigma_min", sigma_min))
     return Schedule("flow", "flow", params, None, sigma_min, 1.0, shift=shift)
+
+
+def dynamic_shift(
+    seq_len: int,
+    *,
+    base_seq_len: int = 256,
+    max_seq_len: int = 4096,
+    base_shift: float = 0.5,
+    max_shift: float = 1.15,
+    time_shift_type: Literal["exponential", "linear"] = "exponential",
+) -> float:
+    """The `shift` of a flow for an image of `seq_len` tokens, as Flux and diffusers have it.
+
+    mu lies on the line through (base_seq_len, base_shift) and (max_seq_len, max_shift); the shift
+    is e^mu, as t' = e^mu / (e^mu + 1/t - 1), or mu itself for "linear".
+    """
+    n = _integer("dynamic_shift", "seq_len", seq_len, 1)
+    rule = "be below max_seq_len"
+    _require(base_seq_len < max_seq_len, "dynamic_shift", "base_seq_len", rule, base_seq_len)
+    known = ("exponential", "linear")
+    rule = f"be one of {known}"
+    _require(time_shift_type in known, "dynamic_shift", "time_shift_type", rule, time_shift_type)
+    slope = (max_shift - base_shift) / (max_seq_len - base_seq_len)
+    mu = base_shift + slope * (n - base_seq_len)
+    shift = math.exp(mu) if time_shift_type == "exponential" else mu
+    _require(shift > 0, "dynamic_shift", "mu", "be > 0 for 'linear'", mu)
+    return shift
 
 
 def rescale_zero_terminal_snr(base: Schedule) -> Schedule:

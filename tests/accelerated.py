@@ -50,10 +50,34 @@ def autoencoder() -> nn.Module:
     )  # fmt: skip
 
 
-def transformer() -> nn.Module:
-    return diffusers.DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=2,
-        sample_size=8, patch_size=2, num_embeds_ada_norm=10,
+def transformer(**change: Any) -> nn.Module:
+    config: dict[str, Any] = {
+        "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 4,
+        "num_layers": 2, "sample_size": 8, "patch_size": 2, "num_embeds_ada_norm": 10,
+    }  # fmt: skip
+    return diffusers.DiTTransformer2DModel(**{**config, **change})
+
+
+def pixart() -> nn.Module:
+    return diffusers.PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2,
+        sample_size=8, patch_size=2, cross_attention_dim=16, caption_channels=12,
+    )  # fmt: skip
+
+
+def stable_diffusion_3() -> nn.Module:
+    return diffusers.SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=3,
+        attention_head_dim=8, num_attention_heads=2, joint_attention_dim=12, pos_embed_max_size=8,
+        caption_projection_dim=16, pooled_projection_dim=6, dual_attention_layers=(0,),
+    )  # fmt: skip
+
+
+def flux() -> nn.Module:
+    return diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=12, pooled_projection_dim=6,
+        axes_dims_rope=(2, 2, 4),
     )  # fmt: skip
 
 
@@ -68,7 +92,25 @@ def with_time(model: nn.Module, x: Tensor) -> Tensor:
     return model(x, torch.tensor([3, 700])).sample
 
 
-# build, shape of the input, call, modules that report.fused must count, calls of film_norm
+def with_text(model: nn.Module, x: Tensor) -> Tensor:
+    text = torch.linspace(-1, 1, 120, dtype=x.dtype).view(2, 5, 12)
+    times = torch.tensor([3, 700])
+    return model(x, encoder_hidden_states=text, timestep=times, added_cond_kwargs={}).sample
+
+
+def with_pooled_text(model: nn.Module, x: Tensor, **more: Any) -> Tensor:
+    text = torch.linspace(-1, 1, 120, dtype=x.dtype).view(2, 5, 12)
+    pooled = torch.linspace(-2, 1, 12, dtype=x.dtype).view(2, 6)
+    given = {"encoder_hidden_states": text, "pooled_projections": pooled, **more}
+    return model(x, timestep=torch.tensor([0.25, 0.75], dtype=x.dtype), **given).sample
+
+
+def with_positions(model: nn.Module, x: Tensor) -> Tensor:
+    places = torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0))
+    return with_pooled_text(model, x, img_ids=places, txt_ids=torch.zeros(5, 3))
+
+
+# build, shape of the input, call, modules that report.fused must count, calls of the fused ops
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Callable[..., Tensor], int, int]]
 CASES = {
     # 2 + 2 + 4 residual blocks, 1 + 1 + 2 attentions, the head; two norms a block
@@ -85,13 +127,21 @@ CASES = {
     ),
     # 4 residual blocks and one attention to encode, 6 and one to decode, two heads
     "autoencoder": (autoencoder, (2, 3, 16, 16), lambda m, x: m(x).sample, 14, 24),
+    # 2 blocks of a norm, a sum with norm and a sum; the norm at the end
     "transformer": (
         transformer,
         (2, 4, 8, 8),
         lambda m, x: m(x, torch.tensor([1, 9]), class_labels=torch.tensor([1, 2])).sample,
-        0,
-        0,
+        3,
+        7,
     ),
+    # 2 blocks, each with the sum before its attention to the text apart
+    "pixart": (pixart, (2, 4, 8, 8), with_text, 2, 8),
+    # 3 blocks and the norm at the end. 3 norms and 5 sums and norms in the first, whose image
+    # attends to itself too; 2 and 4 in the second; 2 and 2 in the last, which drops the text
+    "sd3": (stable_diffusion_3, (2, 4, 8, 8), with_pooled_text, 4, 19),
+    # the norms of one block with text apart, of one with both joined, and at the end
+    "flux": (flux, (2, 16, 4), with_positions, 4, 4),
     # the second pair has a ReLU between: its norm is fused alone
     "chain": (chain, (2, 3, 9, 9), lambda m, x: m(x), 2, 2),
 }
@@ -132,3 +182,9 @@ X, TEMB = torch.randn(2, 16, 8, 8), torch.randn(2, 8)
 def attention(**change: Any) -> Attention:
     config = {"heads": 2, "dim_head": 8, "norm_num_groups": 4, "residual_connection": True}
     return Attention(16, **{**config, **change})
+
+
+def forward_of_its_own(module: nn.Module) -> nn.Module:
+    """As offloading hooks are put on modules."""
+    module.forward = module.forward
+    return module

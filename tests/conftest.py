@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastdiff
-from fastdiff.integrations import _chains
+from fastdiff.integrations import _chains, _transformer
 from fastdiff.ops import _native
 
 # instruction sets of this machine, best first; none where the extension is missing
@@ -46,4 +46,21 @@ def film_norms(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
         return fastdiff.ops.film_norm(*args, **kw)
 
     monkeypatch.setattr(_chains, "film_norm", counting)
+    return calls
+
+
+@pytest.fixture
+def modulations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The name of every call of the fused ops of transformers."""
+    calls: list[str] = []
+
+    def counting(name: str) -> Any:
+        def call(*args: Any, **kw: Any) -> Any:
+            calls.append(name)
+            return getattr(fastdiff.ops, name)(*args, **kw)
+
+        return call
+
+    for name in ("modulate", "gated_residual"):
+        monkeypatch.setattr(_transformer, name, counting(name))
     return calls

@@ -35,7 +35,7 @@ class Problem:
         rederive: whether the noise is derived again from the clipped x0.
         sigma_data: of the EDM preconditioning.
         uncond: raw unconditional output, for CFG++; None where the solver has no use for it.
-        level_of: level sigma/alpha of a time, for a solver that halves times.
+        scales_at: alpha and sigma of a time.
     """
 
     times: Array
@@ -50,7 +50,12 @@ class Problem:
     rederive: bool = True
     sigma_data: float = 0.5
     uncond: Callable[[Array, float], Array] | None = None
-    level_of: Callable[[float], float] | None = None
+    scales_at: Callable[[float], tuple[float, float]] | None = None
+
+    def level_of(self, t: float) -> float:
+        """The level sigma/alpha of a time, for a solver that halves times."""
+        alpha, sigma = self.scales_at(t)
+        return sigma / alpha
 
     @property
     def steps(self) -> int:
@@ -121,7 +126,8 @@ class Case(NamedTuple):
         kinds: of schedule on which the solver is defined.
         signal: whether it needs a grid that begins with alpha > 0.
         converges: whether its order of convergence is measured (with these options).
-        blends_last: whether the step to clean data uses earlier predictions too.
+        ends_in_x0: whether a step to clean data ends in the x0 prediction alone.
+        gaussian_order: order on Gaussian data where an error term vanishes there.
         amplifies: whether a stage feeds on the rounding of the one before, so that few long steps
             enlarge it.
     """
@@ -133,7 +139,8 @@ class Case(NamedTuple):
     kinds: tuple[str, ...] = ("discrete", "edm", "flow")
     signal: bool = False
     converges: bool = True
-    blends_last: bool = False
+    ends_in_x0: bool = True
+    gaussian_order: int | None = None
     amplifies: bool = False
 
 

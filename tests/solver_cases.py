@@ -101,15 +101,23 @@ def problem_of(schedule, grid, prediction, **more):
         time_of=lambda level: float(schedule.time(level)),
         sigma_data=schedule.sigma_data,
         uncond=make_uncond(network),
-        level_of=lambda t: float(schedule.ratio(t)),
+        scales_at=lambda t: (float(schedule.alpha(t)), float(schedule.sigma(t))),
         **more,
     )
 
 
+# One of each shape; the other spacings give no new kind of grid, see test_spacings.py.
+SPACINGS = {
+    "discrete": ("trailing", "linspace", "leading", "karras", "exponential"),
+    "edm": ("karras", "exponential"),
+    "flow": ("linspace", "karras", "exponential"),
+}
+
+
 def grids():
-    """schedule name, spacing, final for every grid that exists."""
+    """schedule name, spacing, final for every such grid that exists."""
     for name, (schedule, _) in SCHEDULES.items():
-        for spacing in schedules.SPACINGS[schedule.kind]:
+        for spacing in SPACINGS[schedule.kind]:
             for final in ("zero", "sigma_min"):
                 ramp = spacing in ("karras", "exponential")
                 if ramp and name in ("zero_snr", "shifted_flow"):

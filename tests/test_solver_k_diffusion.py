@@ -7,7 +7,7 @@ import pytest
 import torch
 from peers import k_sampling
 from rows import run
-from solver_cases import assert_same, draws, problem_of, start
+from solver_cases import SPACINGS, assert_same, draws, problem_of, start
 
 from fastdiff import schedules, solvers
 
@@ -31,7 +31,7 @@ def test_k_diffusion(case, name, monkeypatch):
     solver, (options, _) = case.split("-")[0], K_CASES[case]
     schedule = {"linear": schedules.linear(), "edm": schedules.edm()}[name]
     for prediction in ("epsilon", "sample"):
-        for spacing in schedules.SPACINGS[schedule.kind]:
+        for spacing in SPACINGS[schedule.kind]:
             for steps in (1, 2, 10, 30):
                 if steps == 1 and "sde" in case:
                     continue  # UnboundLocalError in k-diffusion 0.1.1: h of a lone last step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import math
 from pathlib import Path
 
@@ -184,12 +185,21 @@ def test_arrays_are_read_only():
         t.name = "other"
 
 
+def defined(name, schedule, prediction):
+    """Whether the solver is defined there; test_solvers.py says where it must be."""
+    try:
+        return bool(solvers.build(name, schedule, 6, prediction=prediction))
+    except ValueError:
+        return False
+
+
 ALL = [
     (name, schedule, prediction)
     for name in solvers.SOLVERS
     for schedule, prediction in (
         (schedules.linear(), "epsilon"), (schedules.edm(), "edm"), (schedules.flow(), "flow"),
     )
+    if defined(name, schedule, prediction)
 ]  # fmt: skip
 
 
@@ -202,15 +212,16 @@ def test_folding_is_exact_in_float64(name, schedule, prediction):
     folded = t.packed(dtype=torch.float64).floats.numpy()
     kept = t.packed(dtype=torch.float64, clip=True).floats.numpy()
     assert (kept == t.floats).all()
-    at = {term: table.A + k for k, term in enumerate(table.TERMS)}
-    for i in range(len(t)):
-        got, want = folded[i], kept[i].copy()
+    for i, start in itertools.product(range(len(t)), (table.A, table.B)):
+        at = {term: k for k, term in enumerate(table.TERMS)}
+        got, want = folded[i, start:], kept[i, start:].copy()
+        got, want = got[: len(at)], want[: len(at)]
         if t.ints[i, table.PUSH] >= 0:
-            assert (got == want).all()
+            assert (folded[i] == kept[i]).all()
             continue
         d = want[at["d"]]
         assert got[at["d"]] == 0.0
-        for term, weight in (("x", want[table.P]), ("m", want[table.Q])):
+        for term, weight in (("x", kept[i, table.P]), ("m", kept[i, table.Q])):
             exact = want[at[term]] + d * weight
             rounding = np.finfo(float).eps * (abs(want[at[term]]) + abs(d * weight))
             assert abs(got[at[term]] - exact) <= rounding
@@ -342,7 +353,8 @@ def test_solvers_import_no_torch_and_no_backend():
     files = sorted(Path(inspect.getfile(solvers)).parent.glob("*.py"))
     assert len(files) > len({"__init__", "ddpm", "ddim"})
     allowed = {"__future__", "collections", "dataclasses", "inspect", "math", "numbers", "numpy",
-               "operator", "typing", "fastdiff.schedules", "fastdiff.table"}  # fmt: skip
+               "operator", "typing", "fastdiff.schedules", "fastdiff.spacings",
+               "fastdiff.table"}  # fmt: skip
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):
             names = []

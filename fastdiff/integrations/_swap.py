@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from fastdiff.backends import Op
 from fastdiff.ops import _native
 from fastdiff.ops.film_norm import OP
 
@@ -134,13 +135,13 @@ def bypassable(module: nn.Module, kind: type[nn.Module], hooks: bool = False) ->
 _GPU = ("triton", "cuda")
 
 
-def fusable(x: torch.Tensor) -> bool:
-    """Whether the fused forward is the faster one for this input.
+def fusable(x: torch.Tensor, op: Op = OP) -> bool:
+    """Whether the fused forward, by this op, is the faster one for this input.
 
     Not where a gradient is wanted: the op's backward is plain PyTorch, 2 to 15 times slower than
     that of `native_group_norm` (forward and backward of (16, 256, 16, 16) in bfloat16: 45 ms
     against 23, in float32 52 against 8). Not under autocast, which chooses a dtype op by op. Not
-    where film_norm would fall back to its readable reference.
+    where the op would fall back to its readable reference.
     """
     if torch.is_grad_enabled() or x.dtype not in _native.DTYPES:
         return False
@@ -148,4 +149,4 @@ def fusable(x: torch.Tensor) -> bool:
         return False
     if x.is_cpu:
         return bool(_native.reads_tensors)
-    return x.is_cuda and any(name in _GPU for name, _ in OP.live)
+    return x.is_cuda and any(name in _GPU for name, _ in op.live)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from fastdiff.integrations import _attention, _chains, _convolution, _resnet
+from fastdiff.integrations import _attention, _chains, _convolution, _resnet, _transformer
 from fastdiff.integrations._swap import Swapped, covered, keeps_forward, loaded, swap, unswap
 
 __all__ = ["Report", "accelerate", "restore"]
@@ -46,6 +46,12 @@ class Report:
 _BLOCKS: tuple[tuple[str, str, type[Swapped]], ...] = (
     ("diffusers.models.resnet", "ResnetBlock2D", _resnet.ResnetBlock2D),
     ("diffusers.models.attention_processor", "Attention", _attention.Attention),
+    (_transformer.BLOCKS, "BasicTransformerBlock", _transformer.BasicTransformerBlock),
+    (_transformer.BLOCKS, "JointTransformerBlock", _transformer.JointTransformerBlock),
+    (_transformer.MODEL, "DiTTransformer2DModel", _transformer.DiTTransformer2DModel),
+    (_transformer.NORMS, "AdaLayerNormZero", _transformer.AdaLayerNormZero),
+    (_transformer.NORMS, "AdaLayerNormZeroSingle", _transformer.AdaLayerNormZeroSingle),
+    (_transformer.NORMS, "AdaLayerNormContinuous", _transformer.AdaLayerNormContinuous),
     ("torch.nn", "Sequential", _chains.Sequential),
     ("torch.nn", "GroupNorm", _chains.GroupNorm),
 )
@@ -58,15 +64,16 @@ _HEADS = (
     ("diffusers.models.autoencoders.vae", "Decoder"),
 )
 
-# Blocks with slow chains of which none is fused.
-_NO_OP = (
-    ("diffusers.models.normalization", "AdaLayerNorm"),
-    ("diffusers.models.normalization", "AdaLayerNormZero"),
-    ("diffusers.models.normalization", "AdaLayerNormSingle"),
-    ("diffusers.models.normalization", "AdaLayerNormContinuous"),
-    ("diffusers.models.normalization", "AdaGroupNorm"),
-    ("diffusers.models.resnet", "ResnetBlockCondNorm2D"),
-    ("diffusers.models.attention", "BasicTransformerBlock"),
+# Blocks with slow chains that stay as they are, and what there is to say of them.
+_FLUX = "diffusers.models.transformers.transformer_flux"
+_GATES = "its gated residuals are not fused, its norms are"
+_UNFUSED = (
+    (_transformer.NORMS, "AdaLayerNorm", "no fused op covers it yet"),
+    (_transformer.NORMS, "AdaGroupNorm", "no fused op covers it yet"),
+    (_transformer.NORMS, "SD35AdaLayerNormZeroX", "no fused op covers it yet"),
+    ("diffusers.models.resnet", "ResnetBlockCondNorm2D", "no fused op covers it yet"),
+    (_FLUX, "FluxTransformerBlock", _GATES),
+    (_FLUX, "FluxSingleTransformerBlock", _GATES),
 )
 
 
@@ -126,8 +133,9 @@ def _plan(
                 continue
             mixin = next((m for home, c, m in _BLOCKS if isinstance(module, loaded(home, c))), None)
             if mixin is None:
-                if any(isinstance(module, loaded(home, c)) for home, c in _NO_OP):
-                    report.left[name] = f"{type(module).__name__}: no fused op covers it yet"
+                for home, c, why in _UNFUSED:
+                    if isinstance(module, loaded(home, c)):
+                        report.left[name] = f"{type(module).__name__}: {why}"
                 continue
             # a block that is left alone is left whole
             taken.update(map(id, mixin.inside(module)))
@@ -163,8 +171,10 @@ def accelerate(module: Any, *, freeze: bool = False) -> Report:
     Weights stay where they are: `state_dict`, hooks, `isinstance`, `deepcopy`, pickling (by which
     the copy is accelerated too), `.to()`, `load_state_dict` and later changes of weights work as
     before. Results differ in roundings only. Swapped are residual blocks, attention blocks with a
-    group norm and the last normalisation of diffusers' U-Nets and autoencoders, `nn.Sequential`
-    with a SiLU behind a GroupNorm, and any other plain GroupNorm.
+    group norm and the last normalisation of diffusers' U-Nets and autoencoders; the blocks and
+    the last normalisation of its DiT, the blocks of PixArt and Stable Diffusion 3, and the adaptive
+    layer norms of other transformers; `nn.Sequential` with a SiLU behind a GroupNorm, and any other
+    plain GroupNorm.
 
     The fused chains run where no gradient is wanted (under `torch.no_grad`, as every pipeline
     does), in float32, bfloat16 or float16 and without autocast; otherwise, and for arguments or

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from fastdiff.schedules import SPACINGS, Grid, Schedule
 from fastdiff.solvers._checks import choice
@@ -20,34 +21,52 @@ from fastdiff.solvers._walk import PREDICTIONS, Walk
 from fastdiff.solvers.adams import deis, gradient_estimation, ipndm, ipndm_v, lms
 from fastdiff.solvers.ddim import ddim
 from fastdiff.solvers.ddpm import ddpm
+from fastdiff.solvers.distilled import consistency, lcm, tcd
+from fastdiff.solvers.dpm_2 import dpm_2, dpm_2_ancestral, dpmpp_2s_ancestral
+from fastdiff.solvers.dpm_multistep import dpm_multistep, dpmpp_3m_sde, dpmpp_multistep
+from fastdiff.solvers.dpm_singlestep import dpm_singlestep, dpmpp_singlestep
 from fastdiff.solvers.dpmpp import dpmpp_2m, dpmpp_2m_sde
 from fastdiff.solvers.euler import euler, euler_ancestral
+from fastdiff.solvers.flow import flow_heun3, flow_midpoint, flow_rk4
 from fastdiff.solvers.heun import heun
 from fastdiff.solvers.pndm import plms, pndm
+from fastdiff.solvers.sa_solver import sa_solver
+from fastdiff.solvers.unipc import unipc
+from fastdiff.spacings import OPTIONS
 from fastdiff.table import StepTable
 
 __all__ = ["PREDICTIONS", "SOLVERS", "build", "build_on"]
 
+_FAMILIES: tuple[tuple[Callable[..., StepTable], ...], ...] = (
+    (ddpm, ddim),
+    (euler, euler_ancestral, heun),
+    (dpm_2, dpm_2_ancestral, dpmpp_2s_ancestral),
+    (dpmpp_2m, dpmpp_2m_sde, dpmpp_multistep, dpm_multistep, dpmpp_3m_sde),
+    (dpmpp_singlestep, dpm_singlestep),
+    (lms, plms, pndm, ipndm, ipndm_v, deis, gradient_estimation),
+    (unipc, sa_solver),
+    (flow_midpoint, flow_heun3, flow_rk4),
+    (lcm, tcd, consistency),
+)
 SOLVERS: dict[str, Callable[..., StepTable]] = {
-    f.__name__: f for f in (
-        ddpm, ddim, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde,
-        lms, ipndm, ipndm_v, deis, gradient_estimation, plms, pndm,
-    )
-}  # fmt: skip
+    builder.__name__: builder for family in _FAMILIES for builder in family
+}
 
 # the kinds of schedule on which a prediction has its meaning
 _KINDS = {"v_prediction": "discrete", "flow": "flow", "edm": "edm"}
-_GRID_OPTIONS = ("rho", "steps_offset")
+_GRID_OPTIONS = OPTIONS
 
 
 def build(
     name: str,
     schedule: Schedule,
-    steps: int,
+    steps: int | None = None,
     *,
     prediction: str = "epsilon",
     spacing: str | None = None,
     final: str = "zero",
+    sigmas: ArrayLike | None = None,
+    timesteps: ArrayLike | None = None,
     **options: Any,
 ) -> StepTable:
     """The table of a solver on a noise schedule.
@@ -55,7 +74,8 @@ def build(
     Args:
         name: a key of `SOLVERS`.
         schedule: from `fastdiff.schedules`.
-        steps: number of steps, at least 1; a step may take more than one model evaluation.
+        steps: number of steps, at least 1; a step may take more than one model evaluation. May be
+            left out where `sigmas` or `timesteps` say it.
         prediction: what the model predicts: "epsilon" (the noise), "sample" (x0), "v_prediction"
             (alpha*noise - sigma*x0, discrete schedules), "flow" (noise - x0, flow schedules),
             "edm" (the raw network of Karras et al. 2022, with its c_in, c_skip, c_out and
@@ -64,7 +84,8 @@ def build(
             steps. From about ten steps, "exponential" or "karras" serve the second-order solvers
             better on linear and scaled_linear (their times are fractional).
         final: "zero" ends at clean data, "sigma_min" at the schedule's least noisy time.
-        options: of the solver, see its builder; and `rho`, `steps_offset` of `Schedule.points`.
+        sigmas, timesteps: the points themselves in place of a spacing, see `Schedule.custom`.
+        options: of the solver, see its builder; and of the spacing (`rho`, `steps_offset`, ...).
 
     Returns:
         The table; its state is x = alpha*x0 + sigma*noise in the scales of the schedule.
@@ -75,16 +96,23 @@ def build(
     choice("solver", name, tuple(SOLVERS))
     if not isinstance(schedule, Schedule):
         raise TypeError(f"build: schedule must be a Schedule, got {type(schedule).__name__}")
-    if isinstance(steps, bool) or not hasattr(type(steps), "__index__"):
-        raise TypeError(f"build: steps must be an integer of at least 1, got {steps!r}")
-    if operator.index(steps) < 1:
-        raise ValueError(f"build: steps must be an integer of at least 1, got {steps}")
     if spacing is not None:
         choice("spacing", spacing, SPACINGS[schedule.kind])
     choice("final", final, ("zero", "sigma_min"))
     _check_options(name, options, _GRID_OPTIONS)
     of_grid = {k: options.pop(k) for k in _GRID_OPTIONS if k in options}
-    grid = schedule.points(operator.index(steps), spacing, final, **of_grid)  # type: ignore[arg-type]
+    count = None if steps is None else _count(steps)
+    if sigmas is not None or timesteps is not None:
+        if spacing is not None or of_grid:
+            got = spacing or ", ".join(of_grid)
+            raise ValueError(f"build: spacing must be left out with sigmas or timesteps, got {got}")
+        grid = schedule.custom(sigmas=sigmas, timesteps=timesteps, final=final)  # type: ignore[arg-type]
+        if count not in (None, len(grid.times) - 1):
+            raise ValueError(
+                f"build: steps must be the {len(grid.times) - 1} of the given list, got {steps}"
+            )
+    else:
+        grid = schedule.points(_count(steps), spacing, final, **of_grid)  # type: ignore[arg-type]
     return build_on(name, schedule, grid, prediction=prediction, **options)
 
 
@@ -97,19 +125,34 @@ def build_on(
     the last.
     """
     choice("solver", name, tuple(SOLVERS))
-    choice("prediction", prediction, PREDICTIONS)
     _check_options(name, options)
-    fit = [p for p in PREDICTIONS if _KINDS.get(p, schedule.kind) == schedule.kind]
-    where = f"on a {schedule.kind} schedule"
     _check_grid(grid)
-    if grid.alphas[0] == 0:  # pure noise; its noise says nothing of x0
+    check_prediction(prediction, schedule, float(grid.times[0]), float(grid.alphas[0]))
+    return SOLVERS[name](Walk(schedule, grid, prediction), **options)
+
+
+def check_prediction(
+    prediction: str, schedule: Schedule, time: float, alpha: float, where: str = "build"
+) -> None:
+    """Refuse what has no meaning on a schedule, or not at the first point of a table."""
+    choice("prediction", prediction, PREDICTIONS)
+    fit = [p for p in PREDICTIONS if _KINDS.get(p, schedule.kind) == schedule.kind]
+    on = f"on a {schedule.kind} schedule"
+    if alpha == 0:  # pure noise; its noise says nothing of x0
         fit.remove("epsilon")
-        where += f" whose alpha is 0 at time {grid.times[0]:g}"
+        on += f" whose alpha is 0 at time {time:g}"
     if prediction not in fit:
         raise ValueError(
-            f"build: prediction must be one of {', '.join(fit)} {where}, got {prediction!r}"
+            f"{where}: prediction must be one of {', '.join(fit)} {on}, got {prediction!r}"
         )
-    return SOLVERS[name](Walk(schedule, grid, prediction), **options)
+
+
+def _count(steps: Any) -> int:
+    if isinstance(steps, bool) or not hasattr(type(steps), "__index__"):
+        raise TypeError(f"build: steps must be an integer of at least 1, got {steps!r}")
+    if operator.index(steps) < 1:
+        raise ValueError(f"build: steps must be an integer of at least 1, got {steps}")
+    return operator.index(steps)
 
 
 def _check_options(name: str, options: dict[str, Any], more: tuple[str, ...] = ()) -> None:

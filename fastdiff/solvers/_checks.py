@@ -38,7 +38,7 @@ def flag(name: str, value: object) -> bool:
     return value
 
 
-def integer(name: str, value: object, low: int, high: int) -> int:
+def whole(name: str, value: object, low: int, high: int) -> int:
     """The option as an int in [low, high]."""
     if isinstance(value, bool) or not hasattr(type(value), "__index__"):
         raise TypeError(f"build: {name} must be an integer, got {type(value).__name__}")

@@ -115,11 +115,13 @@ class Walk:
         draws: tuple[tuple[int, int], ...] = (),
         push: bool | tuple[float, float] = False,
         log_variance: tuple[float, float] | None = None,
+        convert: tuple[float, float] | None = None,
     ) -> None:
         """A row that evaluates the model at a point and, where `noise` is not 0, adds a draw.
 
         A row with draws of its own (two, or an earlier row's again) names them in `draws` and
-        gives their coefficients in x as "n1" and "n2".
+        gives their coefficients in x as "n1" and "n2". `convert` is (p, q) of a d that is not the
+        x0 prediction.
         """
         time, c_in = at.time, 1.0
         if self.prediction == "edm":
@@ -131,7 +133,7 @@ class Walk:
                 time=time,
                 alpha=at.alpha,
                 sigma=at.sigma,
-                convert=self.conversion(at),
+                convert=self.conversion(at) if convert is None else convert,
                 push=push,
                 draws=((STEP, len(self.rows)),) if noise else draws,
                 log_variance=log_variance if noise else None,
@@ -166,11 +168,13 @@ class Walk:
 
     def table(self, name: str, order: int) -> StepTable:
         """The finished table."""
+        exploding = self.schedule.kind == "edm"
         return StepTable(
             name,
             tuple(self.rows),
             prediction=self.prediction,
-            init_sigma=self.schedule.init_sigma,
+            # a grid of given levels may begin below the noisiest, where x is less spread
+            init_sigma=self.points[0].sigma if exploding else self.schedule.init_sigma,
             order=order,
             sigma_data=self.schedule.sigma_data,
         )

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from fastdiff.solvers._adams import Frame, log_rho_weights, rho_weights, vp_weights
-from fastdiff.solvers._checks import choice, flag, integer, number
+from fastdiff.solvers._checks import choice, flag, number, whole
 from fastdiff.solvers._walk import Walk
 from fastdiff.table import StepTable
 
@@ -86,7 +86,7 @@ def lms(walk: Walk, *, order: int = 4) -> StepTable:
     Args:
         order: most slopes in a step, 1 to 4.
     """
-    order = integer("order", order, 1, 4)
+    order = whole("order", order, 1, 4)
     lay_multistep(walk, Frame(walk), order, rho_weights)
     return walk.table("lms", _reached(walk, order))
 
@@ -108,7 +108,7 @@ def ipndm(
             arXiv:2210.05475). Its error does not fall with the step, so the order is 1. No effect
             on a single step.
     """
-    max_order, afs = integer("max_order", max_order, 1, 4), flag("afs", afs)
+    max_order, afs = whole("max_order", max_order, 1, 4), flag("afs", afs)
     clean_order = 1 if flag("denoise_last", denoise_last) else max_order
     lay_multistep(
         walk, Frame(walk), max_order, equal_weights,
@@ -131,7 +131,7 @@ def ipndm_v(walk: Walk, *, max_order: int = 4, afs: bool = False) -> StepTable:
         max_order: most slopes in a step, 1 to 4.
         afs: as in `ipndm`.
     """
-    max_order, afs = integer("max_order", max_order, 1, 4), flag("afs", afs)
+    max_order, afs = whole("max_order", max_order, 1, 4), flag("afs", afs)
     lay_multistep(walk, Frame(walk), max_order, rho_weights, clean_order=1, afs=afs)
     return walk.table("ipndm_v", 1 if afs else _reached(walk, max_order))
 
@@ -163,7 +163,7 @@ def deis(
         afs: as in `ipndm`.
     """
     choice("variant", variant, tuple(_VARIANTS))
-    max_order, afs = integer("max_order", max_order, 1, 4), flag("afs", afs)
+    max_order, afs = whole("max_order", max_order, 1, 4), flag("afs", afs)
     lower = flag("lower_order_final", lower_order_final)
     lay_multistep(
         walk, Frame(walk, ratio=variant == "logrho"), max_order, _VARIANTS[variant],

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from fastdiff.solvers._adams import Frame
-from fastdiff.solvers._checks import integer
+from fastdiff.solvers._checks import whole
 from fastdiff.solvers._walk import Step, Walk
 from fastdiff.solvers.adams import EQUAL_STEPS
 from fastdiff.table import StepTable
@@ -37,7 +37,7 @@ def plms(walk: Walk, *, order: int = 4) -> StepTable:
     Args:
         order: most slopes in a step, 2 to 4; 2 is the paper's S-PNDM, plms2 of v-diffusion.
     """
-    order, frame = integer("order", order, 2, 4), Frame(walk)
+    order, frame = whole("order", order, 2, 4), Frame(walk)
     for i, step in enumerate(walk):
         _pseudo_linear(walk, frame, step, min(i, order - 1))
         if i == 0 and _can_correct(frame, step):
