@@ -180,8 +180,8 @@ def test_names_of_one_method():
     assert np.array_equal(rows("lms"), rows("ipndm_v"))
     assert np.array_equal(rows("lms", order=3), rows("deis", variant="rhoab", max_order=3))
     # on equal steps the exact weights are those of equal steps
-    for ours, theirs in ((rows("lms", flow), rows("ipndm", flow)),):
-        assert np.abs(ours - theirs).max() <= 1e-13 * np.abs(ours).max()
+    exact, equal = rows("lms", flow), rows("ipndm", flow)
+    assert np.abs(exact - equal).max() <= 1e-13 * np.abs(exact).max()
     euler = rows("euler")
     for name in ("lms", "ipndm", "ipndm_v", "deis"):
         order = {"order": 1} if name == "lms" else {"max_order": 1}

@@ -76,8 +76,8 @@ def equal_weights(then: float, nodes: Sequence[float]) -> list[float]:
 
 
 def lms(walk: Walk, *, order: int = 4) -> StepTable:
-    """Adams-Bashforth on the steps as they are: the slope's polynomial through the last points,
-    integrated exactly.
+    """Linear multistep of k-diffusion: Adams-Bashforth on the steps as they are, the slope's
+    polynomial through the last points integrated exactly.
 
     Order as `order`, 2 at most on a flow (see `_reached`), one evaluation a step, no noise, up to
     three slopes kept, and the last step uses them too. Other names: sample_lms,
@@ -97,8 +97,8 @@ def ipndm(
     """Improved PNDM, Zhang and Chen 2023 (arXiv:2204.13902): the Adams-Bashforth weights of equal
     steps, on whatever steps there are.
 
-    Order 2 (1 with one slope), one evaluation a step, no noise, up to three slopes kept. Other
-    names: sample_ipndm, ipndm_sampler, iplms of v-diffusion, IPNDMScheduler.
+    Order 2 (1 with one slope), one evaluation a step, no noise, up to three slopes kept.
+    Other names: sample_ipndm, ipndm_sampler, iplms of v-diffusion, IPNDMScheduler.
 
     Args:
         max_order: most slopes in a step, 1 to 4; 1 is Euler.
@@ -118,14 +118,14 @@ def ipndm(
 
 
 def ipndm_v(walk: Walk, *, max_order: int = 4, afs: bool = False) -> StepTable:
-    """Variable-step Adams-Bashforth of diff-sampler: `lms` but for the step to clean data, which is
-    of first order here.
+    """Variable-step Adams-Bashforth of diff-sampler (after arXiv:2204.13902): `lms` but for the
+    step to clean data, which is of first order here.
 
     The weights in the code of diff-sampler and ComfyUI have three slips, mended here: a bracket is
     missing around 1 - h/(3 (h + h1)), a sign is turned in the third-order term, and the fourth
     weight ends in h1/h2 for h2/h3, so that they do not even add up to 1 on uneven steps.
 
-    Order, evaluations and history as `lms`. Other names: sample_ipndm_v, ipndm_v_sampler.
+    Order, evaluations and history as `lms`, no noise. Other names: sample_ipndm_v, ipndm_v_sampler.
 
     Args:
         max_order: most slopes in a step, 1 to 4.

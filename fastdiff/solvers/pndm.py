@@ -27,8 +27,9 @@ def _can_correct(frame: Frame, step: Step) -> bool:
 
 
 def plms(walk: Walk, *, order: int = 4) -> StepTable:
-    """Pseudo linear multistep as in Stable Diffusion: a pseudo improved Euler step, then as many
-    slopes as there are, up to `order`; all with the weights of equal steps.
+    """Liu et al. 2022 (arXiv:2202.09778), pseudo linear multistep as in Stable Diffusion: a pseudo
+    improved Euler step, then as many slopes as there are, up to `order`; all with the weights of
+    equal steps.
 
     Order 2 (3 on a flow's equal steps), one evaluation a step and one more for the first, no noise,
     up to three slopes kept, and the last step uses them too. A first step from alpha = 0 or to
@@ -48,8 +49,8 @@ def plms(walk: Walk, *, order: int = 4) -> StepTable:
 
 
 def pndm(walk: Walk) -> StepTable:
-    """F-PNDM, the paper's algorithm 2: three pseudo Runge-Kutta steps (equation 13), then pseudo
-    linear multistep with four slopes (equation 12).
+    """Liu et al. 2022 (arXiv:2202.09778), algorithm 2, F-PNDM: three pseudo Runge-Kutta steps
+    (equation 13), then pseudo linear multistep with four slopes (equation 12).
 
     Order 2 (4 on a flow's equal steps), four evaluations in each of the first three steps and one
     in each other, no noise, three slopes kept, and the last step uses them too. The middle of a
