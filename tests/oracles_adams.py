@@ -324,14 +324,14 @@ def _deis(variant, order, **options):
 BY_HAND = {"converges": False}
 
 CASES = {
-    "lms": Case("lms", {}, _lms(4), "defaults", ends_in_x0=False),
-    "lms-2": Case("lms", {"order": 2}, _lms(2), "one older slope", ends_in_x0=False),
-    "lms-3": Case("lms", {"order": 3}, _lms(3), "two older slopes", ends_in_x0=False),
+    "lms": Case("lms", {}, _lms(4), "defaults", ends_in_x0="line"),
+    "lms-2": Case("lms", {"order": 2}, _lms(2), "one older slope", ends_in_x0="line"),
+    "lms-3": Case("lms", {"order": 3}, _lms(3), "two older slopes", ends_in_x0="line"),
     "ipndm": Case("ipndm", {}, lambda p, x: ipndm(p, x, 4), "defaults"),
     "ipndm-1": Case("ipndm", {"max_order": 1}, lambda p, x: ipndm(p, x, 1), "no history"),
     "ipndm-last": Case(
         "ipndm", {"denoise_last": False}, lambda p, x: ipndm(p, x, 4, denoise_last=False),
-        "as diffusers", ends_in_x0=False,
+        "as diffusers", ends_in_x0="line",
     ),
     "ipndm-afs": Case(
         "ipndm", {"max_order": 3, "afs": True}, lambda p, x: ipndm(p, x, 3, True),
@@ -363,10 +363,10 @@ CASES = {
         "towards the older slope",
     ),
     "plms": Case(
-        "plms", {}, lambda p, x: plms(p, x, 4), "defaults", ends_in_x0=False, **BY_HAND
+        "plms", {}, lambda p, x: plms(p, x, 4), "defaults", ends_in_x0="line", **BY_HAND
     ),
     "plms-2": Case(
-        "plms", {"order": 2}, lambda p, x: plms(p, x, 2), "S-PNDM", ends_in_x0=False, **BY_HAND
+        "plms", {"order": 2}, lambda p, x: plms(p, x, 2), "S-PNDM", ends_in_x0="line", **BY_HAND
     ),
-    "pndm": Case("pndm", {}, pndm, "defaults", ends_in_x0=False, amplifies=True, **BY_HAND),
+    "pndm": Case("pndm", {}, pndm, "defaults", ends_in_x0="line", amplifies=True, **BY_HAND),
 }  # fmt: skip
