@@ -132,7 +132,8 @@ def test_dpm_fast(name, options, monkeypatch, float64):
             ends = {np.round(p.levels[0], 9): grid.times[0]}
             want = sampling.sample_dpm_fast(
                 denoiser(p, ends), torch.from_numpy(x / grid.alphas[0]),
-                p.levels[-1], p.levels[0], evaluations, disable=True, noise_sampler=noise, **options,
+                p.levels[-1], p.levels[0], evaluations,
+                disable=True, noise_sampler=noise, **options,
             )  # fmt: skip
             last = float(grid.alphas[-1])
             label = (name, options, prediction, evaluations)
