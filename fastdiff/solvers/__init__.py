@@ -23,6 +23,7 @@ from fastdiff.solvers.ddim import ddim
 from fastdiff.solvers.ddpm import ddpm
 from fastdiff.solvers.distilled import consistency, lcm, tcd
 from fastdiff.solvers.dpm_2 import dpm_2, dpm_2_ancestral, dpmpp_2s_ancestral
+from fastdiff.solvers.dpm_fast import dpm_fast
 from fastdiff.solvers.dpm_multistep import dpm_multistep, dpmpp_3m_sde, dpmpp_multistep
 from fastdiff.solvers.dpm_singlestep import dpm_singlestep, dpmpp_singlestep
 from fastdiff.solvers.dpmpp import dpmpp_2m, dpmpp_2m_sde
@@ -42,7 +43,7 @@ _FAMILIES: tuple[tuple[Callable[..., StepTable], ...], ...] = (
     (euler, euler_ancestral, heun),
     (dpm_2, dpm_2_ancestral, dpmpp_2s_ancestral),
     (dpmpp_2m, dpmpp_2m_sde, dpmpp_multistep, dpm_multistep, dpmpp_3m_sde),
-    (dpmpp_singlestep, dpm_singlestep),
+    (dpmpp_singlestep, dpm_singlestep, dpm_fast),
     (lms, plms, pndm, ipndm, ipndm_v, deis, gradient_estimation),
     (unipc, sa_solver),
     (flow_midpoint, flow_heun3, flow_rk4),
