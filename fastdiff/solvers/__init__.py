@@ -23,6 +23,7 @@ from fastdiff.solvers.dpmpp import dpmpp_2m, dpmpp_2m_sde
 from fastdiff.solvers.euler import euler, euler_ancestral
 from fastdiff.solvers.heun import heun
 from fastdiff.solvers.sa_solver import sa_solver
+from fastdiff.solvers.seeds import dpmpp_sde, seeds_2, seeds_3
 from fastdiff.solvers.unipc import unipc
 from fastdiff.table import StepTable
 
@@ -30,7 +31,20 @@ __all__ = ["PREDICTIONS", "SOLVERS", "build", "build_on"]
 
 SOLVERS: dict[str, Callable[..., StepTable]] = {
     f.__name__: f
-    for f in (ddpm, ddim, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde, unipc, sa_solver)
+    for f in (
+        ddpm,
+        ddim,
+        euler,
+        euler_ancestral,
+        heun,
+        dpmpp_2m,
+        dpmpp_2m_sde,
+        unipc,
+        sa_solver,
+        dpmpp_sde,
+        seeds_2,
+        seeds_3,
+    )
 }
 
 # the kinds of schedule on which a prediction has its meaning
