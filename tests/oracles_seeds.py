@@ -39,15 +39,14 @@ def seeds(p: Problem, x: Array, eta: float, s_noise: float, stages: tuple, kind:
             x = first_order(p, x, i, len(states), eta, s_noise)
             states.append(x)
             continue
-        lam_s, lam_t = math.log(alpha_s / sigma_s), math.log(alpha_t / sigma_t)
-        h = lam_t - lam_s
+        level_s, h = sigma_s / alpha_s, math.log(alpha_t * sigma_s / (alpha_s * sigma_t))
         base, models, noise, at = x, [], np.zeros_like(x), 0.0
         for r in (*stages, 1.0):
             models.append(p.predict(x, t, alpha_s, sigma_s)[0])
             if r == 1:
                 t, alpha_s, sigma_s = p.at(i + 1)
             else:
-                level = math.exp(-(lam_s + r * h))
+                level = level_s * math.exp(-r * h)  # exp(-(lambda_s + r h))
                 t, (alpha_s, sigma_s) = p.time_of(level), p.scales(level)
             z = -r * h * (1 + eta)
             if len(models) == 1:
@@ -90,8 +89,9 @@ def dpmpp_sde(p: Problem, x: Array, eta: float, s_noise: float, r: float) -> lis
             x = oracles.ddim(part, x, min(eta, 1.0), s_noise)[0]
             states.append(x)
             continue
-        z, s = x / p.alphas[i], math.exp((1 - r) * math.log(a) + r * math.log(b))
-        s = b if r == 1 else s
+        z, (_, alpha, sigma) = x / p.alphas[i], p.at(i)
+        h = math.log(p.alphas[i + 1] * sigma / (alpha * p.sigmas[i + 1]))
+        s = b if r == 1 else a * math.exp(-r * h)
         first = p.noise(STEP, len(states))
         d = p.denoised(z, a, float(p.times[i]))
         down, up = get_ancestral_step(a, s)

@@ -17,7 +17,7 @@ OPTIONS = {
     "default": {},
     "ode": {"eta": 0.0},
     "options": {"eta": 0.7, "s_noise": 1.01, "r": 0.4},
-    "end": {"eta": 0.5, "r": 1.0},
+    "late": {"eta": 0.5, "r": 0.9},
     "capped": {"eta": 1.3},
 }
 

@@ -49,8 +49,8 @@ def seeds_2(
 
     Order 2 (with noise weak, measured on Gaussian data), two evaluations and two draws a step, one
     x0 kept. The noise of the stage is carried to the end inside the stage itself. A step from
-    alpha = 0, or to clean data, is one of first order. Other names: sample_seeds_2; exp_heun_2_x0 and
-    exp_heun_2_x0_sde are r = 1 with "phi_2", without noise and with it.
+    alpha = 0, or to clean data, is one of first order. Other names: sample_seeds_2; r = 1 with
+    "phi_2" is exp_heun_2_x0_sde, with eta = 0 exp_heun_2_x0.
 
     Args:
         eta: 0 is the ODE, 1 the paper's SDE.
@@ -85,8 +85,9 @@ def seeds_3(
 ) -> StepTable:
     """Gonzalez et al. 2023 (arXiv:2305.14267), SEEDS-3 in its x0 form.
 
-    Order 3, with noise 2 (weak, measured on Gaussian data), from alpha = 0 also 2; three evaluations
-    and three draws a step, two x0 kept. Noise and steps of first order as in `seeds_2`. Other names: sample_seeds_3.
+    Order 3, with noise 2 (weak, measured on Gaussian data), from alpha = 0 also 2; three
+    evaluations and three draws a step, two x0 kept. Noise and steps of first order as in
+    `seeds_2`. Other names: sample_seeds_3.
 
     Args:
         eta, s_noise: as in `seeds_2`.
@@ -118,10 +119,10 @@ def dpmpp_sde(walk: Walk, *, eta: float = 1.0, s_noise: float = 1.0, r: float = 
     ``sample_dpmpp_sde`` has it.
 
     Order 2 (with noise weak, measured on Gaussian data), two evaluations and two draws a step, one
-    x0 and the state at the step's start kept. Both stages start from there; k-diffusion takes their noise from
-    one Brownian path over sigma/alpha, so the second is a mix of the first's draw and a new one by
-    the square roots of the intervals: exact in distribution. A step from alpha = 0, or to clean
-    data, is Euler's. Other names: DPM++ SDE, DPMSolverSDEScheduler.
+    x0 and the state at the step's start kept. Both stages start from there; k-diffusion takes their
+    noise from one Brownian path over sigma/alpha, so the second is a mix of the first's draw and a
+    new one by the square roots of the intervals: exact in distribution. A step from alpha = 0, or
+    to clean data, is Euler's. Other names: DPM++ SDE, DPMSolverSDEScheduler.
 
     Args:
         eta: share of fresh noise, at least 0; capped as in `euler_ancestral`.
