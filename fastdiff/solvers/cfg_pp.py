@@ -80,10 +80,10 @@ def euler_ancestral_cfg_pp(walk: Walk, *, eta: float = 1.0, s_noise: float = 1.0
 def dpmpp_2s_ancestral_cfg_pp(walk: Walk, *, eta: float = 1.0, s_noise: float = 1.0) -> StepTable:
     """DPM-Solver++(2S) with ancestral noise and CFG++, arXiv:2406.08070, as ComfyUI has it.
 
-    Order 1 (weak; 2 without noise), two evaluations of both outputs and one draw a step, the guided
-    state alpha (z + D - U) kept from the first to the second. A step to clean data and one from
-    alpha = 0 is Euler's. On a flow it counts in sigma/alpha, where ComfyUI puts t. Other names:
-    sample_dpmpp_2s_ancestral_cfg_pp.
+    Order 2 (weak: measured on Gaussian data), two evaluations of both outputs and one draw a step,
+    the guided state alpha (z + D - U) kept from the first to the second. A step to clean data and
+    one from alpha = 0 is Euler's. On a flow it counts in sigma/alpha, where ComfyUI puts t.
+    Other names: sample_dpmpp_2s_ancestral_cfg_pp.
 
     Args:
         eta, s_noise: as in `euler_ancestral`.
@@ -101,7 +101,7 @@ def dpmpp_2s_ancestral_cfg_pp(walk: Walk, *, eta: float = 1.0, s_noise: float = 
         x = _add((1.0, {"d": middle.alpha}), (middle.sigma / now.sigma, noise))
         walk.evaluate(now, x, y=_add((1.0, {"d": now.alpha}), (1.0, noise)))
         walk.evaluate(middle, {"y": kept, "d": share}, noise=s_noise * up)
-    return walk.table("dpmpp_2s_ancestral_cfg_pp", 1 if eta else 2)
+    return walk.table("dpmpp_2s_ancestral_cfg_pp", 2)
 
 
 def dpmpp_2m_cfg_pp(walk: Walk) -> StepTable:
@@ -125,10 +125,10 @@ def dpmpp_2m_cfg_pp(walk: Walk) -> StepTable:
 def res_multistep_cfg_pp(walk: Walk, *, eta: float = 0.0, s_noise: float = 1.0) -> StepTable:
     """Zhang and Chen 2023 (arXiv:2308.02157), RES of second order, with CFG++ as ComfyUI has it.
 
-    Order 2 (1, weak, with noise), one evaluation of both outputs and, unless eta is 0, one draw a
-    step, the last U kept. The first step and the step to clean data are Euler's. On a flow it
-    counts in sigma/alpha, where ComfyUI puts t. Other names: sample_res_multistep_cfg_pp; with
-    eta = 1 sample_res_multistep_ancestral_cfg_pp.
+    Order 2 (weak with noise: measured on Gaussian data), one evaluation of both outputs a step and,
+    unless eta is 0, one draw, the last U kept. The first step and the step to clean data are
+    Euler's. On a flow it counts in sigma/alpha, where ComfyUI puts t. Other names:
+    sample_res_multistep_cfg_pp; with eta = 1 sample_res_multistep_ancestral_cfg_pp.
 
     Args:
         eta, s_noise: as in `euler_ancestral`.
@@ -150,7 +150,7 @@ def res_multistep_cfg_pp(walk: Walk, *, eta: float = 0.0, s_noise: float = 1.0) 
                 x = _add((1.0, guided), (1.0, mixed), (older, {"y": 1.0}))
         walk.evaluate(now, x, y=_unguided(walk, now), noise=s_noise * up)
         last = h
-    return walk.table("res_multistep_cfg_pp", 1 if eta else 2)
+    return walk.table("res_multistep_cfg_pp", 2)
 
 
 def gradient_estimation_cfg_pp(walk: Walk, *, ge_gamma: float = 2.0) -> StepTable:
