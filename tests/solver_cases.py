@@ -54,7 +54,7 @@ def scales(name, shift, t):
     return float(schedule.alpha(t)), float(schedule.sigma(t))
 
 
-def make_network(schedule, prediction):
+def make_network(schedule, prediction, phase=0.0):
     """The raw output whose conversion is near `data_model`: any function of (x_in, t) would do,
     and this one keeps trajectories of the size that samplers meet."""
 
@@ -62,10 +62,10 @@ def make_network(schedule, prediction):
         if prediction == "edm":
             sigma, sd = math.exp(4 * t), schedule.sigma_data
             total = math.hypot(sigma, sd)
-            x0 = data_model(x_in * total / (1 + sigma), t)
+            x0 = data_model(x_in * total / (1 + sigma), t + phase)
             return (x0 - sd**2 / total**2 * (total * x_in)) * total / (sigma * sd)
         alpha, sigma = scales(schedule.name, schedule.shift, t)
-        x0 = data_model(x_in / (alpha + sigma), np.log1p(t))
+        x0 = data_model(x_in / (alpha + sigma), np.log1p(t) + phase)
         if prediction == "sample":
             return x0
         eps = (x_in - alpha * x0) / sigma
@@ -78,29 +78,23 @@ def make_network(schedule, prediction):
     return network
 
 
-def make_uncond(network):
-    """An unconditional output near the conditional one."""
-    return lambda x_in, t: 0.8 * network(x_in, t) + 0.1 * np.cos(x_in)
-
-
 @functools.cache
 def draws(kind, row):
     return np.random.default_rng((kind, row)).normal(size=SHAPE)
 
 
 def problem_of(schedule, grid, prediction, **more):
-    network = make_network(schedule, prediction)
     return oracles.Problem(
         times=grid.times,
         alphas=grid.alphas,
         sigmas=grid.sigmas,
-        network=network,
+        network=make_network(schedule, prediction),
         prediction=prediction,
         noise=draws,
         kind=schedule.kind,
         time_of=lambda level: float(schedule.time(level)),
         sigma_data=schedule.sigma_data,
-        uncond=make_uncond(network),
+        uncond=make_network(schedule, prediction, phase=0.7),
         scales_at=lambda t: (float(schedule.alpha(t)), float(schedule.sigma(t))),
         **more,
     )

@@ -19,6 +19,14 @@ from fastdiff.schedules import SPACINGS, Grid, Schedule
 from fastdiff.solvers._checks import choice
 from fastdiff.solvers._walk import PREDICTIONS, Walk
 from fastdiff.solvers.adams import deis, gradient_estimation, ipndm, ipndm_v, lms
+from fastdiff.solvers.cfg_pp import (
+    dpmpp_2m_cfg_pp,
+    dpmpp_2s_ancestral_cfg_pp,
+    euler_ancestral_cfg_pp,
+    euler_cfg_pp,
+    gradient_estimation_cfg_pp,
+    res_multistep_cfg_pp,
+)
 from fastdiff.solvers.ddim import ddim
 from fastdiff.solvers.ddpm import ddpm
 from fastdiff.solvers.distilled import consistency, lcm, tcd
@@ -50,6 +58,8 @@ _FAMILIES: tuple[tuple[Callable[..., StepTable], ...], ...] = (
     (seeds_2, seeds_3),
     (flow_midpoint, flow_heun3, flow_rk4),
     (lcm, tcd, consistency),
+    (euler_cfg_pp, euler_ancestral_cfg_pp, dpmpp_2s_ancestral_cfg_pp),
+    (dpmpp_2m_cfg_pp, res_multistep_cfg_pp, gradient_estimation_cfg_pp),
 )
 SOLVERS: dict[str, Callable[..., StepTable]] = {
     builder.__name__: builder for family in _FAMILIES for builder in family

@@ -16,8 +16,8 @@ from fastdiff.table import StepTable
 def lcm(walk: Walk, *, s_noise: float = 1.0, timestep_scaling: float | None = None) -> StepTable:
     """Luo et al. 2023 (arXiv:2310.04378), latent consistency models, multistep sampling.
 
-    x' = alpha' D + sigma' n. Order none, one evaluation and one draw a step, no history. Other
-    names: sample_lcm, LCMScheduler (with spacing "lcm" and timestep_scaling=10),
+    x' = alpha' D + sigma' n. Order none, one evaluation and one draw a step, no history.
+    Other names: sample_lcm, LCMScheduler (with spacing "lcm" and timestep_scaling=10),
     FlowMatchLCMScheduler, FlowMatchEulerDiscreteScheduler with stochastic_sampling.
 
     Args:
