@@ -10,7 +10,6 @@ evaluation with their own inputs.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 from collections.abc import Callable
@@ -130,12 +129,8 @@ def functions(
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", default="benchmarks/results/unet.json")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser = measure.parser(__doc__, "unet", 15, (1,))
     parser.add_argument("--batch", type=int, nargs="+", default=[16, 1])
-    parser.add_argument("--threads", type=int, nargs="+", default=[1])
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     args = parser.parse_args(argv)
     found = models(not args.no_compile)
     gate(found)
@@ -157,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
                     f"{ratio['quiet']:.3f} times ours, {ratio['median']:.3f} in the median",
                     flush=True,
                 )
-    measure.write_json(args.out, rows, f"python -m benchmarks.bench_unet {' '.join(argv)}")
+    measure.write_json(args.out, rows, measure.command("bench_unet", argv))
 
 
 if __name__ == "__main__":
