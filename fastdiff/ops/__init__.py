@@ -6,12 +6,14 @@ from typing import Any
 from fastdiff import backends
 from fastdiff.backends import Op
 from fastdiff.ops import film_norm as _film_norm
+from fastdiff.ops import guidance_rescale as _guidance_rescale
 from fastdiff.ops import modulate as _modulate
 from fastdiff.ops import noise as _noise
 from fastdiff.ops import reparameterize as _reparameterize
 from fastdiff.ops import reverse_step as _reverse_step
 from fastdiff.ops.film_conv2d import film_conv2d
 from fastdiff.ops.film_norm import film, film_norm
+from fastdiff.ops.guidance_rescale import guidance_rescale
 from fastdiff.ops.modulate import gated_residual, modulate
 from fastdiff.ops.noise import Stream, as_seeds, randn
 from fastdiff.ops.reparameterize import reparameterize
@@ -20,7 +22,14 @@ from fastdiff.ops.reverse_step import reverse_step
 # Every op by name; a test walks it and fails where a folder lacks a listed file.
 OPS: dict[str, Op] = {
     op.name: op
-    for op in (_film_norm.OP, _modulate.OP, _noise.OP, _reparameterize.OP, _reverse_step.OP)
+    for op in (
+        _film_norm.OP,
+        _guidance_rescale.OP,
+        _modulate.OP,
+        _noise.OP,
+        _reparameterize.OP,
+        _reverse_step.OP,
+    )
 }
 
 # Ops made of others and of a vendor's call, without kernels of their own.
@@ -28,6 +37,7 @@ COMPOSED: tuple[str, ...] = ("film_conv2d",)
 
 _PREPARE: dict[str, Callable[..., Any]] = {
     "film_norm": _film_norm.prepare,
+    "guidance_rescale": _guidance_rescale.prepare,
     "modulate": _modulate.prepare,
     "noise": _noise.prepare,
     "reparameterize": _reparameterize.prepare,
@@ -69,6 +79,7 @@ __all__ = [
     "film_conv2d",
     "film_norm",
     "gated_residual",
+    "guidance_rescale",
     "modulate",
     "randn",
     "reparameterize",
