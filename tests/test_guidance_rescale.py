@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gpu_compile
@@ -143,6 +146,17 @@ def test_cuda_source_on_the_host(size: tuple[int, ...], dtype: torch.dtype, tmp_
     Host(tmp_path).run(launches)
     # float32 sums of 16 elements in a thread and of 256 threads in a block, all terms positive
     _check(call.out, inputs, ulps=16)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_triton_in_the_interpreter() -> None:
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("triton_rescale.py"))],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

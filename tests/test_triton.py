@@ -38,7 +38,6 @@ INTERPRETED = (
     "step_sum_starts_at_zero",
     "step_many_tiles",
     "step_per_sample_rows",
-    "guidance_rescale_sizes",
     "reparameterize_sizes",
     "reparameterize_many_tiles",
     "film_norm_shapes",

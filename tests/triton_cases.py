@@ -25,7 +25,6 @@ from bits import assert_same_bits
 from budget import assert_within_budget
 from fastdiff.kernels import _common
 from fastdiff.kernels import film_norm as film_module
-from fastdiff.kernels import guidance_rescale as rescale_module
 from fastdiff.kernels import noise as noise_module
 from fastdiff.kernels import reparameterize as vae_module
 from fastdiff.kernels import reverse_step as step_module
@@ -33,9 +32,8 @@ from tables import Inputs, random_inputs, random_table, walk
 
 import fastdiff
 from fastdiff import randn, use_backend
-from fastdiff.ops import as_seeds, guidance_rescale, reparameterize, reverse_step
+from fastdiff.ops import as_seeds, reparameterize, reverse_step
 from fastdiff.ops._film_checks import FilmNorm
-from fastdiff.reference.guidance_rescale import guidance_rescale as exact_rescale
 from fastdiff.reference.noise import normals
 from fastdiff.reference.reparameterize import reparameterize as exact_reparameterize
 from fastdiff.table import Row, StepTable
@@ -60,7 +58,7 @@ def small_tiles(block: int, *, wide: bool = False) -> Iterator[None]:
     def tiles(*args: Any, **keywords: Any) -> Any:
         return make(*args, **keywords)._replace(WIDE=wide)
 
-    modules = (noise_module, step_module, vae_module, rescale_module)
+    modules = (noise_module, step_module, vae_module)
     for module in modules:
         module.tiles = tiles
     try:
@@ -266,28 +264,6 @@ def step_per_sample_rows() -> None:
                 results.append(state)
             for name in results[1]:
                 assert_same_bits(results[0][name], results[1][name], f"{rows} {name}")
-
-
-# --- rescaled guidance ------------------------------------------------------------------------
-
-
-@case
-def guidance_rescale_sizes() -> None:
-    rng = np.random.default_rng(0)
-    weights, phi = torch.tensor([1.0, 7.5, -2.0]), torch.tensor([0.7, 1.0, 0.0])
-    for block in (1 << 18, 128):  # one tile a sample, and several
-        with small_tiles(block, wide=block == 128):
-            for n, dtype in ((1, F32), (3, F16), (1025, F32), (1000, BF16)):
-                c, u = (torch.from_numpy(rng.normal(3.0, 1.0, (3, n))).to(dtype) for _ in "cu")
-                u[2] = c[2] = 5.0  # without contrast
-                found = {}
-                for backend in ("triton", "reference"):
-                    with use_backend(backend):
-                        found[backend] = guidance_rescale(c, u, weights, phi)
-                exact = exact_rescale(c.double(), u.double(), weights, phi)
-                # float32 sums in a tile of at most 2^18 positive terms, in a tree: 18 levels
-                assert_within_budget(found["triton"], found["reference"], exact, ulps=18)
-                assert found["triton"][2] == 1
 
 
 # --- reparameterization ---------------------------------------------------------------------
