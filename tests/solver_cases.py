@@ -131,3 +131,10 @@ def assert_same(got, want, label, largest=0.0):
         largest = max(largest, float(np.abs(w).max()))
         worst = float(np.abs(g - w).max())
         assert worst <= 1e-12 * largest, (label, i, worst / largest)
+
+
+def home(solver):
+    """A schedule on which the solver is defined with its defaults, and what to predict there."""
+    kinds = next(case.kinds for case in CASES.values() if case.solver == solver)
+    schedule = next(s for s, _ in SCHEDULES.values() if s.kind in kinds)
+    return schedule, KINDS[schedule.kind][0]

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from bits import assert_same_bits
+from solver_cases import home
 from tables import LEARNED, ROWS, needs_extension, random_inputs, random_table
 
 from fastdiff import solvers
 from fastdiff.ops import _native, _step_cpu, reverse_step
-from fastdiff.schedules import cosine
 
 pytestmark = needs_extension
 
@@ -96,10 +96,12 @@ def test_takes_every_kind_of_row(
 
 @pytest.mark.parametrize("name", solvers.SOLVERS)
 def test_takes_the_rows_of_every_solver(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = solvers.build(name, cosine(), 6)
+    schedule, prediction = home(name)
+    table = solvers.build(name, schedule, 6, prediction=prediction)
+    uncond = _ramp(*SHAPE) if any(need.uncond for need in table.needs) else None
 
     def call(row: int) -> Callable[[], dict[str, Any]]:
-        return lambda: _call(row, table=table, uncond=None, guidance=1.0, variance=None,
+        return lambda: _call(row, table=table, uncond=uncond, guidance=1.0, variance=None,
                              clip=None if row % 2 else 1)  # fmt: skip
 
     for row in range(len(table)):

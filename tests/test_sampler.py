@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from solver_cases import home
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff
@@ -27,16 +28,21 @@ def table(name="dpmpp_2m", steps=4, **options):
 
 @pytest.mark.parametrize("name", sorted(solvers.SOLVERS))
 def test_loop_is_the_rows_in_turn(name):
-    rows = table(name)
-    got = Sampler(model, rows)(SHAPE, seeds=[3, 9])
+    schedule, prediction = home(name)
+    rows = solvers.build(name, schedule, 4, prediction=prediction)
+    with_uncond = any(need.uncond for need in rows.needs)
+    label = {"label": torch.tensor([1, 2])} if with_uncond else {}
+    none = {"label": torch.tensor([0, 0])} if with_uncond else {}
+    got = Sampler(model, rows)(SHAPE, seeds=[3, 9], cond=label, uncond=none)
     seeds = ops.as_seeds([3, 9])
     x = fastdiff.randn(seeds, SHAPE) * rows.init_sigma
     history = torch.empty(max(rows.depth, 1), *x.shape)
     y = torch.empty_like(x)
     for i, row in enumerate(rows.rows):
         t = torch.full((2,), row.time)
-        output = model(x, t) if row.evaluates else None
-        x = ops.reverse_step(x, output, rows, i, y=y, history=history, seeds=seeds)
+        output = model(x, t, **label) if row.evaluates else None
+        uncond = model(x, t, **none) if row.evaluates and with_uncond else None
+        x = ops.reverse_step(x, output, rows, i, uncond=uncond, y=y, history=history, seeds=seeds)
     assert_same_bits(got, x)
 
 

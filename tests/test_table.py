@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_table_families
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -146,11 +145,6 @@ def test_derived_facts(case):
         assert need.output == r.evaluates and need.seeds == bool(r.draws)
         assert need.variance == (r.log_variance is not None)
         assert not (need.uncond or need.anchor or need.writes_anchor)
-
-
-def test_every_solver_is_derived_above():
-    more = {name for name, *_ in test_table_families.FAMILIES.values()}
-    assert {name for name, _, _ in DERIVED.values()} | more == set(solvers.SOLVERS)
 
 
 def test_anchor_and_uncond_are_needed_where_named():
