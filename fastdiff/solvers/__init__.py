@@ -26,9 +26,14 @@ from fastdiff.solvers.dpm_singlestep import dpm_singlestep, dpmpp_singlestep
 from fastdiff.solvers.dpmpp import dpmpp_2m, dpmpp_2m_sde
 from fastdiff.solvers.euler import euler, euler_ancestral
 from fastdiff.solvers.heun import heun
+from fastdiff.solvers.inverse import (
+    ddim_inverse,
+    dpm_multistep_inverse,
+    dpmpp_multistep_inverse,
+)
 from fastdiff.table import StepTable
 
-__all__ = ["PREDICTIONS", "SOLVERS", "build", "build_on"]
+__all__ = ["INVERSES", "PREDICTIONS", "SOLVERS", "build", "build_inverse", "build_on"]
 
 SOLVERS: dict[str, Callable[..., StepTable]] = {
     f.__name__: f for f in (
@@ -38,6 +43,11 @@ SOLVERS: dict[str, Callable[..., StepTable]] = {
         dpm_2, dpm_2_ancestral, dpmpp_2s_ancestral,
     )
 }  # fmt: skip
+
+# from the image up to noise; kept apart, as their first state is no noise
+INVERSES: dict[str, Callable[..., StepTable]] = {
+    f.__name__: f for f in (ddim_inverse, dpmpp_multistep_inverse, dpm_multistep_inverse)
+}
 
 # the kinds of schedule on which a prediction has its meaning
 _KINDS = {"v_prediction": "discrete", "flow": "flow", "edm": "edm"}
@@ -77,19 +87,39 @@ def build(
         TypeError, ValueError: an argument breaks its rule, or the two do not go together.
     """
     choice("solver", name, tuple(SOLVERS))
-    if not isinstance(schedule, Schedule):
-        raise TypeError(f"build: schedule must be a Schedule, got {type(schedule).__name__}")
-    if isinstance(steps, bool) or not hasattr(type(steps), "__index__"):
-        raise TypeError(f"build: steps must be an integer of at least 1, got {steps!r}")
-    if operator.index(steps) < 1:
-        raise ValueError(f"build: steps must be an integer of at least 1, got {steps}")
-    if spacing is not None:
-        choice("spacing", spacing, SPACINGS[schedule.kind])
-    choice("final", final, ("zero", "sigma_min"))
-    _check_options(name, options, _GRID_OPTIONS)
-    of_grid = {k: options.pop(k) for k in _GRID_OPTIONS if k in options}
-    grid = schedule.points(operator.index(steps), spacing, final, **of_grid)  # type: ignore[arg-type]
+    grid = _grid_of(SOLVERS[name], schedule, steps, spacing, final, options)
     return build_on(name, schedule, grid, prediction=prediction, **options)
+
+
+def build_inverse(
+    name: str,
+    schedule: Schedule,
+    steps: int,
+    *,
+    prediction: str = "epsilon",
+    spacing: str | None = None,
+    final: str = "sigma_min",
+    **options: Any,
+) -> StepTable:
+    """The table of an inversion, which walks the grid from its end, the image, to its start.
+
+    Its `init_sigma` is 1: the image is given as ``Sampler(model, table)(noise=image)``.
+
+    Args:
+        name: a key of `INVERSES`.
+        final: where it starts: "sigma_min" takes the image for a state of the least noisy time,
+            "zero" for clean data, from which only `ddim_inverse` goes up.
+        schedule, steps, prediction, spacing, options: as in `build`.
+
+    Returns:
+        The table; its last state is x = alpha*x0 + sigma*noise at the noisiest time.
+
+    Raises:
+        TypeError, ValueError: as `build`.
+    """
+    choice("inverse", name, tuple(INVERSES))
+    grid = _grid_of(INVERSES[name], schedule, steps, spacing, final, options)
+    return INVERSES[name](_walk_of(schedule, grid, prediction), **options)
 
 
 def build_on(
@@ -101,8 +131,36 @@ def build_on(
     the last.
     """
     choice("solver", name, tuple(SOLVERS))
+    _check_options(SOLVERS[name], options)
+    return SOLVERS[name](_walk_of(schedule, grid, prediction), **options)
+
+
+def _grid_of(
+    builder: Callable[..., StepTable],
+    schedule: Schedule,
+    steps: int,
+    spacing: str | None,
+    final: str,
+    options: dict[str, Any],
+) -> Grid:
+    """The grid of checked arguments; takes its own options out of the builder's."""
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"build: schedule must be a Schedule, got {type(schedule).__name__}")
+    if isinstance(steps, bool) or not hasattr(type(steps), "__index__"):
+        raise TypeError(f"build: steps must be an integer of at least 1, got {steps!r}")
+    if operator.index(steps) < 1:
+        raise ValueError(f"build: steps must be an integer of at least 1, got {steps}")
+    if spacing is not None:
+        choice("spacing", spacing, SPACINGS[schedule.kind])
+    choice("final", final, ("zero", "sigma_min"))
+    _check_options(builder, options, _GRID_OPTIONS)
+    of_grid = {k: options.pop(k) for k in _GRID_OPTIONS if k in options}
+    return schedule.points(operator.index(steps), spacing, final, **of_grid)  # type: ignore[arg-type]
+
+
+def _walk_of(schedule: Schedule, grid: Grid, prediction: str) -> Walk:
+    """A walk on a grid, if the prediction has its meaning there."""
     choice("prediction", prediction, PREDICTIONS)
-    _check_options(name, options)
     fit = [p for p in PREDICTIONS if _KINDS.get(p, schedule.kind) == schedule.kind]
     where = f"on a {schedule.kind} schedule"
     _check_grid(grid)
@@ -113,11 +171,13 @@ def build_on(
         raise ValueError(
             f"build: prediction must be one of {', '.join(fit)} {where}, got {prediction!r}"
         )
-    return SOLVERS[name](Walk(schedule, grid, prediction), **options)
+    return Walk(schedule, grid, prediction)
 
 
-def _check_options(name: str, options: dict[str, Any], more: tuple[str, ...] = ()) -> None:
-    known = [p.name for p in inspect.signature(SOLVERS[name]).parameters.values()][1:]
+def _check_options(
+    builder: Callable[..., StepTable], options: dict[str, Any], more: tuple[str, ...] = ()
+) -> None:
+    name, known = builder.__name__, list(inspect.signature(builder).parameters)[1:]
     for option in options:
         if option not in (*known, *more):
             allowed = ", ".join((*known, *more)) or "none"

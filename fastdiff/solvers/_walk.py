@@ -37,7 +37,8 @@ class Step:
     """From one point to the next.
 
     Attributes:
-        h: growth of log(alpha/sigma), infinite where the step leaves alpha 0 or enters sigma 0.
+        h: growth of log(alpha/sigma), infinite where the step leaves alpha 0 or enters sigma 0;
+            negative in an inversion, and -inf where that enters alpha 0.
         gain: sigma'/sigma.
     """
 
@@ -47,7 +48,9 @@ class Step:
     @property
     def h(self) -> float:
         below = self.now.alpha * self.next.sigma
-        return math.log(self.next.alpha * self.now.sigma / below) if below else math.inf
+        if not below:
+            return math.inf
+        return math.log(self.next.alpha * self.now.sigma / below) if self.next.alpha else -math.inf
 
     @property
     def gain(self) -> float:
@@ -164,13 +167,13 @@ class Walk:
         """The point of a time of the schedule."""
         return Point(time, float(self.schedule.alpha(time)), float(self.schedule.sigma(time)))
 
-    def table(self, name: str, order: int) -> StepTable:
-        """The finished table."""
+    def table(self, name: str, order: int, *, init_sigma: float | None = None) -> StepTable:
+        """The finished table; `init_sigma` where it does not start with noise."""
         return StepTable(
             name,
             tuple(self.rows),
             prediction=self.prediction,
-            init_sigma=self.schedule.init_sigma,
+            init_sigma=self.schedule.init_sigma if init_sigma is None else init_sigma,
             order=order,
             sigma_data=self.schedule.sigma_data,
         )
