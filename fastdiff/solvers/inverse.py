@@ -7,7 +7,6 @@ image itself, so that its `init_sigma` is 1: ``Sampler(model, table)(noise=image
 from __future__ import annotations
 
 import math
-from itertools import pairwise, starmap
 
 from fastdiff.solvers._checks import choice, flag, whole
 from fastdiff.solvers._exponential import SOLVER_TYPES
@@ -18,7 +17,7 @@ from fastdiff.table import Row, StepTable
 
 def _upwards(walk: Walk) -> list[Step]:
     points = walk.points[::-1]
-    return list(starmap(Step, pairwise(points)))
+    return [Step(points[i], points[i + 1]) for i in range(walk.steps)]
 
 
 def _needs_noise(walk: Walk, name: str) -> None:
