@@ -38,14 +38,19 @@ from fastdiff.solvers.dpmpp import dpmpp_2m, dpmpp_2m_sde
 from fastdiff.solvers.euler import euler, euler_ancestral
 from fastdiff.solvers.flow import flow_heun3, flow_midpoint, flow_rk4
 from fastdiff.solvers.heun import heun
+from fastdiff.solvers.inverse import (
+    ddim_inverse,
+    dpm_multistep_inverse,
+    dpmpp_multistep_inverse,
+)
 from fastdiff.solvers.pndm import plms, pndm
 from fastdiff.solvers.sa_solver import sa_solver
-from fastdiff.solvers.seeds import seeds_2, seeds_3
+from fastdiff.solvers.seeds import dpmpp_sde, seeds_2, seeds_3
 from fastdiff.solvers.unipc import unipc
 from fastdiff.spacings import OPTIONS
 from fastdiff.table import StepTable
 
-__all__ = ["PREDICTIONS", "SOLVERS", "build", "build_on"]
+__all__ = ["INVERSES", "PREDICTIONS", "SOLVERS", "build", "build_inverse", "build_on"]
 
 _FAMILIES: tuple[tuple[Callable[..., StepTable], ...], ...] = (
     (ddpm, ddim),
@@ -55,7 +60,7 @@ _FAMILIES: tuple[tuple[Callable[..., StepTable], ...], ...] = (
     (dpmpp_singlestep, dpm_singlestep, dpm_fast),
     (lms, plms, pndm, ipndm, ipndm_v, deis, gradient_estimation),
     (unipc, sa_solver),
-    (seeds_2, seeds_3),
+    (dpmpp_sde, seeds_2, seeds_3),
     (flow_midpoint, flow_heun3, flow_rk4),
     (lcm, tcd, consistency),
     (euler_cfg_pp, euler_ancestral_cfg_pp, dpmpp_2s_ancestral_cfg_pp),
@@ -65,9 +70,13 @@ SOLVERS: dict[str, Callable[..., StepTable]] = {
     builder.__name__: builder for family in _FAMILIES for builder in family
 }
 
+# from the image up to noise; kept apart, as their first state is no noise
+INVERSES: dict[str, Callable[..., StepTable]] = {
+    f.__name__: f for f in (ddim_inverse, dpmpp_multistep_inverse, dpm_multistep_inverse)
+}
+
 # the kinds of schedule on which a prediction has its meaning
 _KINDS = {"v_prediction": "discrete", "flow": "flow", "edm": "edm"}
-_GRID_OPTIONS = OPTIONS
 
 
 def build(
@@ -107,26 +116,42 @@ def build(
         TypeError, ValueError: an argument breaks its rule, or the two do not go together.
     """
     choice("solver", name, tuple(SOLVERS))
-    if not isinstance(schedule, Schedule):
-        raise TypeError(f"build: schedule must be a Schedule, got {type(schedule).__name__}")
-    if spacing is not None:
-        choice("spacing", spacing, SPACINGS[schedule.kind])
-    choice("final", final, ("zero", "sigma_min"))
-    _check_options(name, options, _GRID_OPTIONS)
-    of_grid = {k: options.pop(k) for k in _GRID_OPTIONS if k in options}
-    count = None if steps is None else _count(steps)
-    if sigmas is not None or timesteps is not None:
-        if spacing is not None or of_grid:
-            got = spacing or ", ".join(of_grid)
-            raise ValueError(f"build: spacing must be left out with sigmas or timesteps, got {got}")
-        grid = schedule.custom(sigmas=sigmas, timesteps=timesteps, final=final)  # type: ignore[arg-type]
-        if count not in (None, len(grid.times) - 1):
-            raise ValueError(
-                f"build: steps must be the {len(grid.times) - 1} of the given list, got {steps}"
-            )
+    if sigmas is None and timesteps is None:
+        grid = _grid_of(SOLVERS[name], schedule, _count(steps), spacing, final, options)
     else:
-        grid = schedule.points(_count(steps), spacing, final, **of_grid)  # type: ignore[arg-type]
+        grid = _custom(SOLVERS[name], schedule, steps, spacing, final, sigmas, timesteps, options)
     return build_on(name, schedule, grid, prediction=prediction, **options)
+
+
+def build_inverse(
+    name: str,
+    schedule: Schedule,
+    steps: int,
+    *,
+    prediction: str = "epsilon",
+    spacing: str | None = None,
+    final: str = "sigma_min",
+    **options: Any,
+) -> StepTable:
+    """The table of an inversion, which walks the grid from its end, the image, to its start.
+
+    Its `init_sigma` is 1: the image is given as ``Sampler(model, table)(noise=image)``.
+
+    Args:
+        name: a key of `INVERSES`.
+        final: where it starts: "sigma_min" takes the image for a state of the least noisy time,
+            "zero" for clean data, from which only `ddim_inverse` goes up.
+        schedule, steps, prediction, spacing, options: as in `build`.
+
+    Returns:
+        The table; its last state is x = alpha*x0 + sigma*noise at the noisiest time.
+
+    Raises:
+        TypeError, ValueError: as `build`.
+    """
+    choice("inverse", name, tuple(INVERSES))
+    grid = _grid_of(INVERSES[name], schedule, _count(steps), spacing, final, options)
+    return INVERSES[name](_walk_of(schedule, grid, prediction), **options)
 
 
 def build_on(
@@ -138,10 +163,68 @@ def build_on(
     the last.
     """
     choice("solver", name, tuple(SOLVERS))
-    _check_options(name, options)
+    _check_options(SOLVERS[name], options)
+    return SOLVERS[name](_walk_of(schedule, grid, prediction), **options)
+
+
+def _check(
+    builder: Callable[..., StepTable],
+    schedule: Schedule,
+    spacing: str | None,
+    final: str,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """The options of the grid, taken out of the builder's."""
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"build: schedule must be a Schedule, got {type(schedule).__name__}")
+    if spacing is not None:
+        choice("spacing", spacing, SPACINGS[schedule.kind])
+    choice("final", final, ("zero", "sigma_min"))
+    _check_options(builder, options, OPTIONS)
+    return {k: options.pop(k) for k in OPTIONS if k in options}
+
+
+def _grid_of(
+    builder: Callable[..., StepTable],
+    schedule: Schedule,
+    steps: int,
+    spacing: str | None,
+    final: str,
+    options: dict[str, Any],
+) -> Grid:
+    """The grid of a spacing."""
+    of_grid = _check(builder, schedule, spacing, final, options)
+    return schedule.points(steps, spacing, final, **of_grid)  # type: ignore[arg-type]
+
+
+def _custom(
+    builder: Callable[..., StepTable],
+    schedule: Schedule,
+    steps: int | None,
+    spacing: str | None,
+    final: str,
+    sigmas: ArrayLike | None,
+    timesteps: ArrayLike | None,
+    options: dict[str, Any],
+) -> Grid:
+    """The grid of given points."""
+    of_grid = _check(builder, schedule, spacing, final, options)
+    if spacing is not None or of_grid:
+        got = spacing or ", ".join(of_grid)
+        raise ValueError(f"build: spacing must be left out with sigmas or timesteps, got {got}")
+    grid = schedule.custom(sigmas=sigmas, timesteps=timesteps, final=final)  # type: ignore[arg-type]
+    if steps is not None and _count(steps) != len(grid.times) - 1:
+        raise ValueError(
+            f"build: steps must be the {len(grid.times) - 1} of the given list, got {steps}"
+        )
+    return grid
+
+
+def _walk_of(schedule: Schedule, grid: Grid, prediction: str) -> Walk:
+    """A walk on a grid, if the prediction has its meaning there."""
     _check_grid(grid)
     check_prediction(prediction, schedule, float(grid.times[0]), float(grid.alphas[0]))
-    return SOLVERS[name](Walk(schedule, grid, prediction), **options)
+    return Walk(schedule, grid, prediction)
 
 
 def check_prediction(
@@ -168,8 +251,10 @@ def _count(steps: Any) -> int:
     return operator.index(steps)
 
 
-def _check_options(name: str, options: dict[str, Any], more: tuple[str, ...] = ()) -> None:
-    known = [p.name for p in inspect.signature(SOLVERS[name]).parameters.values()][1:]
+def _check_options(
+    builder: Callable[..., StepTable], options: dict[str, Any], more: tuple[str, ...] = ()
+) -> None:
+    name, known = builder.__name__, list(inspect.signature(builder).parameters)[1:]
     for option in options:
         if option not in (*known, *more):
             allowed = ", ".join((*known, *more)) or "none"

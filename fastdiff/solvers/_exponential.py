@@ -76,6 +76,8 @@ def first_order(step: Step, noise_form: bool, eta: float) -> dict[str, float]:
         h = step.h
         d = step.next.alpha * -math.expm1(-(1 + eta) * h)
         return {"x": step.gain * math.exp(-eta * h), "d": d}
+    if not step.next.alpha:  # the end of an inversion
+        return {"x": step.gain, "d": -step.gain * step.now.alpha}
     x = ancestral(step, 0.0)[0]  # where the two forms meet
     if noise_form and eta and step.next.sigma:
         x = add_newest(x, step.now, True, eta / (1 + eta) * form_of(step, True, eta).first)

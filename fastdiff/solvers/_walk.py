@@ -37,7 +37,8 @@ class Step:
     """From one point to the next.
 
     Attributes:
-        h: growth of log(alpha/sigma), infinite where the step leaves alpha 0 or enters sigma 0.
+        h: growth of log(alpha/sigma), infinite where the step leaves alpha 0 or enters sigma 0;
+            negative in an inversion, and -inf where that enters alpha 0.
         gain: sigma'/sigma.
     """
 
@@ -47,7 +48,9 @@ class Step:
     @property
     def h(self) -> float:
         below = self.now.alpha * self.next.sigma
-        return math.log(self.next.alpha * self.now.sigma / below) if below else math.inf
+        if not below:
+            return math.inf
+        return math.log(self.next.alpha * self.now.sigma / below) if self.next.alpha else -math.inf
 
     @property
     def gain(self) -> float:
@@ -166,15 +169,17 @@ class Walk:
         """The point of a time of the schedule."""
         return Point(time, float(self.schedule.alpha(time)), float(self.schedule.sigma(time)))
 
-    def table(self, name: str, order: int) -> StepTable:
-        """The finished table."""
-        exploding = self.schedule.kind == "edm"
+    def table(self, name: str, order: int, *, init_sigma: float | None = None) -> StepTable:
+        """The finished table; `init_sigma` where it does not start with noise."""
+        if init_sigma is None:
+            # a grid of given levels may begin below the noisiest, where x is less spread
+            exploding = self.schedule.kind == "edm"
+            init_sigma = self.points[0].sigma if exploding else self.schedule.init_sigma
         return StepTable(
             name,
             tuple(self.rows),
             prediction=self.prediction,
-            # a grid of given levels may begin below the noisiest, where x is less spread
-            init_sigma=self.points[0].sigma if exploding else self.schedule.init_sigma,
+            init_sigma=init_sigma,
             order=order,
             sigma_data=self.schedule.sigma_data,
         )

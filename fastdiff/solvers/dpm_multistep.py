@@ -20,7 +20,7 @@ from fastdiff.table import StepTable
 FEW = 15  # steps below which diffusers lowers the order at the end
 
 
-def _orders(steps: int, order: int, lower_order_final: bool, euler_at_final: bool) -> list[int]:
+def orders_of(steps: int, order: int, lower_order_final: bool, euler_at_final: bool) -> list[int]:
     """The order of each step: it grows to `order`, and falls again where the options say so."""
     orders = [min(order, i + 1) for i in range(steps)]
     if lower_order_final and steps < FEW:
@@ -97,7 +97,7 @@ def _multistep(
     choice("solver_type", solver_type, SOLVER_TYPES)
     eta, s_noise = number("eta", eta, 0.0), number("s_noise", s_noise, 0.0)
     lower = flag("lower_order_final", lower_order_final)
-    orders = _orders(walk.steps, order, lower, flag("euler_at_final", euler_at_final))
+    orders = orders_of(walk.steps, order, lower, flag("euler_at_final", euler_at_final))
     lay(walk, walk, orders, solver_type, noise_form=noise_form, eta=eta, s_noise=s_noise)
     return walk.table(name, min(order, 2))
 
