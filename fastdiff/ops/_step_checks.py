@@ -107,7 +107,7 @@ def factors(value: torch.Tensor, like: Like) -> torch.Tensor:
             f"reverse_step: scale must have one factor a sample ({like.shape[0]},), "
             f"got {tuple(value.shape)}"
         )
-    return value.to(like.device, torch.float32).contiguous()
+    return value.to(like.device, like.dtype).contiguous()
 
 
 def kind(x: object) -> str:
