@@ -51,6 +51,9 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "output-integer": (
         {"output": _zeros(*IMAGE, dtype=torch.int64)}, TypeError,
         "output must be a floating-point tensor, got torch.int64"),
+    "scale-number": ({"scale": 2.0}, TypeError, "scale must be a tensor, got float"),
+    "scale-shape": (
+        {"scale": _zeros(2)}, ValueError, "scale must have one factor a sample (3,), got (2,)"),
     "row-float": ({"row": 0.0}, TypeError, "row must be an int or an int64 tensor, got float"),
     "row-bool": ({"row": True}, TypeError, "row must be an int or an int64 tensor, got bool"),
     "output-none": (

@@ -180,6 +180,7 @@ OTHER: dict[str, Callable[[], dict[str, Any]]] = {
     "guidance-text": lambda: _call(guidance="2"),
     "guidance-beyond-float64": lambda: _call(guidance=10**400),
     "guidance-each": lambda: _call(guidance=torch.ones(3)),
+    "scale-each": lambda: _call(scale=torch.tensor([1.0, 0.5, 2.0])),
     "clip-negative": lambda: _call(clip=-1.0),
     "clip-nan": lambda: _call(clip=float("nan")),
     "clip-each": lambda: _call(clip=torch.ones(3)),

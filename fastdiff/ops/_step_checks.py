@@ -108,7 +108,7 @@ def factors(value: torch.Tensor, like: Like) -> torch.Tensor:
             f"reverse_step: scale must have one factor a sample ({like.shape[0]},), "
             f"got {tuple(value.shape)}"
         )
-    return value.to(like.device, torch.float32).contiguous()
+    return value.to(like.device, like.dtype).contiguous()
 
 
 def check_rows(rows: torch.Tensor, table: StepTable, like: Like) -> torch.Tensor:

@@ -70,7 +70,7 @@ def _reference(step: Step) -> None:
             history=[] if step.history is None else [h[g] for h in step.history],
             seeds=seeds[g],
             guidance=guidance,
-            scale=one(step.scale, g.start),
+            scale=None if step.scale is None else step.scale[g.start],
             clip=None if clip is None or float(clip) < 0 else clip,
         )
         step.out[g] = new_x
@@ -96,6 +96,7 @@ def _tracked(
     output: torch.Tensor | None,
     uncond: torch.Tensor | None,
     variance: torch.Tensor | None,
+    scale: torch.Tensor | None,
 ) -> bool:
     """Whether autograd would want a backward pass."""
     # written out: a loop over the tensors would cost a tenth of a small step
@@ -104,12 +105,13 @@ def _tracked(
         or _wants_gradient(output)
         or _wants_gradient(uncond)
         or _wants_gradient(variance)
+        or _wants_gradient(scale)
     )
 
 
 def _refuse_dtype(step: Step) -> str | None:
     x, output, model_input = step.x, step.output, step.model_input
-    if _tracked(x, output, step.uncond, step.variance):
+    if _tracked(x, output, step.uncond, step.variance, step.scale):
         return "the kernel has no backward pass (torch.no_grad(), or the reference)"
     if x.dtype != torch.float32:
         return f"the state must be float32, got {x.dtype}"
@@ -285,7 +287,7 @@ def reverse_step(
         row: index of the row, or (N,) int64 tensor with one a sample.
         uncond: (N, *S) unconditional model output, dtype of ``output``.
         guidance: weight w of ``uncond + w*(output - uncond)``, a number or (N,) float32.
-        scale: (N,) float32 factors of the guided output, from `guidance_rescale`; None: none.
+        scale: (N,) factors of the guided output, dtype of x, from `guidance_rescale`; None: none.
         clip: bound of the converted prediction, a number or (N,) float32; None or a negative
             bound of a sample: no clipping.
         variance: (N, *S) the model's variance output, for rows with a learned variance.
@@ -302,7 +304,7 @@ def reverse_step(
         TypeError, ValueError: an argument breaks its rule; nothing has been written.
         BackendError: the forced backend cannot do it.
     """
-    if not _tracked(x, output, uncond, variance):
+    if not _tracked(x, output, uncond, variance, scale):
         done = _step_cpu.quick(
             x,
             output,

@@ -81,7 +81,7 @@ def reference_row(
     history: list[torch.Tensor],
     seeds: np.ndarray,
     guidance: torch.Tensor | float,
-    scale: torch.Tensor | float | None = None,
+    scale: torch.Tensor | None = None,
     clip: torch.Tensor | float | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """One row in plain PyTorch, the definition of the arithmetic: x', y' and what is pushed.
