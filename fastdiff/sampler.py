@@ -15,6 +15,7 @@ from fastdiff.path_noise import PathNoise
 from fastdiff.reference.reverse_step import guide
 from fastdiff.solvers._walk import Point, x0_conversion
 from fastdiff.table import StepTable
+from fastdiff.thresholding import Thresholding
 
 Model = Callable[..., Tensor]
 
@@ -81,6 +82,9 @@ class Sampler:
         guidance: weight w of classifier-free guidance ``u + w (c - u)`` (Ho and Salimans 2022),
             a number or (N,) tensor; None: the conditional output alone.
         clip: bound of the converted prediction, a number or (N,) tensor; None: no clipping.
+        thresholding: ratio of dynamic thresholding, 0.995 in the paper (Saharia et al. 2022), or
+            (ratio, largest quantile): x0 is limited to a quantile of its own sample and divided by
+            it (`ops.dynamic_threshold`); instead of ``clip``.
         noise: "counter" draws each row's noise anew; "brownian" takes it from one path a seed
             (`fastdiff.path_noise`), so that the picture stays the same when the steps change.
         mode: "eager".
@@ -100,6 +104,7 @@ class Sampler:
         *,
         guidance: float | Tensor | None = None,
         clip: float | Tensor | None = None,
+        thresholding: float | tuple[float, float] | None = None,
         noise: str = "counter",
         mode: str = "eager",
         batched: bool = True,
@@ -114,7 +119,12 @@ class Sampler:
             raise ValueError(f"Sampler: mode must be 'eager', got {mode!r}")
         if noise not in ("counter", "brownian"):
             raise ValueError(f"Sampler: noise must be 'counter' or 'brownian', got {noise!r}")
+        if thresholding is not None and clip is not None:
+            raise ValueError(f"Sampler: clip must be None with thresholding, got {clip}")
         self._path = PathNoise(table) if noise == "brownian" else None
+        rows = table if self._path is None else self._path.table
+        self._threshold = None if thresholding is None else Thresholding(rows, thresholding)
+        self._rows = rows if self._threshold is None else self._threshold.table
         _check_number("guidance", guidance)
         _check_number("clip", clip)
         if isinstance(clip, (int, float)) and clip < 0:
@@ -214,14 +224,17 @@ class Sampler:
                 if _has_variance(output, x):
                     output, variance = output.chunk(2, dim=1)
                     other = None if other is None else other.chunk(2, dim=1)[0]
-            before = x
+            before, used = x, weight
+            if self._threshold is not None and output is not None:
+                output = self._threshold.x0(i, before, output, other, weight)
+                other, used = None, 1.0
             x = reverse_step(
                 before,
                 output,
-                table if self._path is None else self._path.table,
+                self._rows,
                 i,
                 uncond=other,
-                guidance=weight,
+                guidance=used,
                 clip=self.clip,
                 variance=variance,
                 y=y,
@@ -233,8 +246,8 @@ class Sampler:
             if self._path is not None:
                 self._path.add(i, x, y, seed_tensor, model_input)
             spare = before
-            evaluated = None if output is None else (before, output, other, weight, self.clip)
-            yield SampleStep(table, i, x, evaluated)
+            evaluated = None if output is None else (before, output, other, used, self.clip)
+            yield SampleStep(self._rows, i, x, evaluated)
 
     def _guided(self, uncond: Mapping[str, Any]) -> bool:
         reads = any(need.uncond for need in self.table.needs)

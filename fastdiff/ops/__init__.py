@@ -6,12 +6,14 @@ from typing import Any
 from fastdiff import backends
 from fastdiff.backends import Op
 from fastdiff.ops import brownian as _brownian
+from fastdiff.ops import dynamic_threshold as _dynamic_threshold
 from fastdiff.ops import film_norm as _film_norm
 from fastdiff.ops import modulate as _modulate
 from fastdiff.ops import noise as _noise
 from fastdiff.ops import reparameterize as _reparameterize
 from fastdiff.ops import reverse_step as _reverse_step
 from fastdiff.ops.brownian import brownian
+from fastdiff.ops.dynamic_threshold import dynamic_threshold, quantile_abs
 from fastdiff.ops.film_conv2d import film_conv2d
 from fastdiff.ops.film_norm import film, film_norm
 from fastdiff.ops.modulate import gated_residual, modulate
@@ -24,6 +26,7 @@ OPS: dict[str, Op] = {
     op.name: op
     for op in (
         _brownian.OP,
+        _dynamic_threshold.OP,
         _film_norm.OP,
         _modulate.OP,
         _noise.OP,
@@ -32,11 +35,15 @@ OPS: dict[str, Op] = {
     )
 }
 
+# Ops without a GPU kernel: there the reference runs, of a vendor's selection and copies.
+CPU_ONLY: tuple[str, ...] = ("dynamic_threshold",)
+
 # Ops made of others and of a vendor's call, without kernels of their own.
 COMPOSED: tuple[str, ...] = ("film_conv2d",)
 
 _PREPARE: dict[str, Callable[..., Any]] = {
     "brownian": _brownian.prepare,
+    "dynamic_threshold": _dynamic_threshold.prepare,
     "film_norm": _film_norm.prepare,
     "modulate": _modulate.prepare,
     "noise": _noise.prepare,
@@ -70,17 +77,20 @@ def explain(op: str, *args: Any, **kwargs: Any) -> None:
 
 __all__ = [
     "COMPOSED",
+    "CPU_ONLY",
     "OPS",
     "Stream",
     "as_seeds",
     "brownian",
     "describe",
+    "dynamic_threshold",
     "explain",
     "film",
     "film_conv2d",
     "film_norm",
     "gated_residual",
     "modulate",
+    "quantile_abs",
     "randn",
     "reparameterize",
     "reverse_step",
