@@ -83,6 +83,14 @@ void brownian(Address seeds, Address counters, Address weights, int64_t draws, u
   active->brownian(args);
 }
 
+void dynamic_threshold(Address x, int64_t samples, int64_t size, int64_t rank, double weight,
+                       float most, Address quantile, Address out) {
+  const FdThresholdArgs args{at<float>(x), samples, size, rank, weight, most,
+                             at<float>(quantile), at<float>(out)};
+  nb::gil_scoped_release release;
+  active->dynamic_threshold(args);
+}
+
 void reverse_step(Address x, Address output, Address uncond, Address variance,
                   int64_t output_stride, int64_t uncond_stride, int64_t variance_stride,
                   int output_dtype, Address y, Address history, int64_t history_stride,
@@ -237,6 +245,7 @@ NB_MODULE(_cpu, m) {
   m.def("set_isa", &set_isa, "Use this instruction set from now on.");
   m.def("noise", &noise);
   m.def("brownian", &brownian);
+  m.def("dynamic_threshold", &dynamic_threshold);
   m.def("reverse_step", &reverse_step);
   m.def("guidance_rescale", &guidance_rescale);
   m.def("use_torch", &use_torch);

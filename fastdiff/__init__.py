@@ -8,6 +8,7 @@ step and element (`randn`).
 from typing import TYPE_CHECKING, Any
 
 from fastdiff import ops, schedules, solvers
+from fastdiff.adaptive import AdaptiveSampler
 from fastdiff.backends import BackendError, use_backend
 from fastdiff.checkpoints import load
 from fastdiff.ops import explain, randn
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from fastdiff.integrations.accelerate import accelerate, restore
 
 __all__ = [
+    "AdaptiveSampler",
     "BackendError",
     "Sampler",
     "StepTable",

@@ -15,6 +15,7 @@ from fastdiff.path_noise import PathNoise
 from fastdiff.reference.reverse_step import guide
 from fastdiff.solvers._walk import Point, x0_conversion
 from fastdiff.table import StepTable
+from fastdiff.thresholding import Thresholding
 
 Model = Callable[..., Tensor]
 
@@ -103,6 +104,9 @@ class Sampler:
             ``uncond``, or ``cond`` where that is not given: autoguidance, by a smaller or less
             trained model (Karras et al. 2024, arXiv:2406.02507).
         clip: bound of the converted prediction, a number or (N,) tensor; None: no clipping.
+        thresholding: ratio of dynamic thresholding, 0.995 in the paper (Saharia et al. 2022), or
+            (ratio, largest quantile): x0 is limited to a quantile of its own sample and divided by
+            it (`ops.dynamic_threshold`); instead of ``clip``.
         noise: "counter" draws each row's noise anew; "brownian" takes it from one path a seed
             (`fastdiff.path_noise`), so that the picture stays the same when the steps change.
         mode: "eager".
@@ -125,6 +129,7 @@ class Sampler:
         guidance_rescale: float | Tensor | None = None,
         guide_model: Model | None = None,
         clip: float | Tensor | None = None,
+        thresholding: float | tuple[float, float] | None = None,
         noise: str = "counter",
         mode: str = "eager",
         batched: bool = True,
@@ -143,7 +148,12 @@ class Sampler:
             raise ValueError(f"Sampler: mode must be 'eager', got {mode!r}")
         if noise not in ("counter", "brownian"):
             raise ValueError(f"Sampler: noise must be 'counter' or 'brownian', got {noise!r}")
+        if thresholding is not None and clip is not None:
+            raise ValueError(f"Sampler: clip must be None with thresholding, got {clip}")
         self._path = PathNoise(table) if noise == "brownian" else None
+        rows = table if self._path is None else self._path.table
+        self._threshold = None if thresholding is None else Thresholding(rows, thresholding)
+        self._rows = rows if self._threshold is None else self._threshold.table
         if not (guide_model is None or callable(guide_model)):
             raise TypeError(
                 f"Sampler: guide_model must be callable, got {type(guide_model).__name__}"
@@ -255,14 +265,17 @@ class Sampler:
                     if other is not None and _has_variance(other, x):
                         other = other.chunk(2, dim=1)[0]
                     scale = guidance[i].scale(output, other)
-            before = x
+            before, weight = x, guidance[i].weight
+            if self._threshold is not None and output is not None:
+                output = self._threshold.x0(i, before, output, other, weight, scale)
+                other, weight, scale = None, 1.0, None
             x = reverse_step(
                 before,
                 output,
-                table if self._path is None else self._path.table,
+                self._rows,
                 i,
                 uncond=other,
-                guidance=guidance[i].weight,
+                guidance=weight,
                 scale=scale,
                 clip=self.clip,
                 variance=variance,
@@ -277,8 +290,8 @@ class Sampler:
             spare = before
             evaluated = None
             if output is not None:
-                evaluated = _Evaluated(before, output, other, guidance[i].weight, scale, self.clip)
-            yield SampleStep(table, i, x, evaluated)
+                evaluated = _Evaluated(before, output, other, weight, scale, self.clip)
+            yield SampleStep(self._rows, i, x, evaluated)
 
     def _start(
         self,

@@ -71,6 +71,16 @@ struct FdBrownianArgs {
   int out_dtype;
 };
 
+struct FdThresholdArgs {
+  const float* x;
+  int64_t samples, size;
+  int64_t rank;   // of the lower of the two order statistics, from 0
+  double weight;  // of the upper one
+  float most;     // the quantile is limited to [1, most] where x is divided by it
+  float* quantile;  // one a sample
+  float* out;       // like x and maybe x itself, or null
+};
+
 struct FdReparameterizeArgs {
   const void* mu;
   const void* logvar;
@@ -146,4 +156,5 @@ struct FdKernels {
   void (*film_norm)(const FdFilmNormArgs&);
   void (*modulate)(const FdModulateArgs&);
   void (*brownian)(const FdBrownianArgs&);
+  void (*dynamic_threshold)(const FdThresholdArgs&);
 };

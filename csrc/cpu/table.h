@@ -14,6 +14,7 @@ void reparameterize_backward(const FdReparameterizeBackwardArgs&);
 void film_norm(const FdFilmNormArgs&);
 void modulate(const FdModulateArgs&);
 void brownian(const FdBrownianArgs&);
+void dynamic_threshold(const FdThresholdArgs&);
 
 }  // namespace FD_ISA
 }  // namespace fd

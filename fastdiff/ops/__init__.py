@@ -6,6 +6,7 @@ from typing import Any
 from fastdiff import backends
 from fastdiff.backends import Op
 from fastdiff.ops import brownian as _brownian
+from fastdiff.ops import dynamic_threshold as _dynamic_threshold
 from fastdiff.ops import film_norm as _film_norm
 from fastdiff.ops import guidance_rescale as _guidance_rescale
 from fastdiff.ops import modulate as _modulate
@@ -13,6 +14,7 @@ from fastdiff.ops import noise as _noise
 from fastdiff.ops import reparameterize as _reparameterize
 from fastdiff.ops import reverse_step as _reverse_step
 from fastdiff.ops.brownian import brownian
+from fastdiff.ops.dynamic_threshold import dynamic_threshold, quantile_abs
 from fastdiff.ops.film_conv2d import film_conv2d
 from fastdiff.ops.film_norm import film, film_norm
 from fastdiff.ops.guidance_rescale import guidance_rescale
@@ -26,6 +28,7 @@ OPS: dict[str, Op] = {
     op.name: op
     for op in (
         _brownian.OP,
+        _dynamic_threshold.OP,
         _film_norm.OP,
         _guidance_rescale.OP,
         _modulate.OP,
@@ -35,11 +38,15 @@ OPS: dict[str, Op] = {
     )
 }
 
+# Ops without a GPU kernel: there the reference runs, of a vendor's selection and copies.
+CPU_ONLY: tuple[str, ...] = ("dynamic_threshold",)
+
 # Ops made of others and of a vendor's call, without kernels of their own.
 COMPOSED: tuple[str, ...] = ("film_conv2d",)
 
 _PREPARE: dict[str, Callable[..., Any]] = {
     "brownian": _brownian.prepare,
+    "dynamic_threshold": _dynamic_threshold.prepare,
     "film_norm": _film_norm.prepare,
     "guidance_rescale": _guidance_rescale.prepare,
     "modulate": _modulate.prepare,
@@ -74,11 +81,13 @@ def explain(op: str, *args: Any, **kwargs: Any) -> None:
 
 __all__ = [
     "COMPOSED",
+    "CPU_ONLY",
     "OPS",
     "Stream",
     "as_seeds",
     "brownian",
     "describe",
+    "dynamic_threshold",
     "explain",
     "film",
     "film_conv2d",
@@ -86,6 +95,7 @@ __all__ = [
     "gated_residual",
     "guidance_rescale",
     "modulate",
+    "quantile_abs",
     "randn",
     "reparameterize",
     "reverse_step",
