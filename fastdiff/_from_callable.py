@@ -19,6 +19,7 @@ from fastdiff._probe import (
     Sampler,
     compare,
     constant,
+    name_of,
     on_data,
     probed,
     refusal,
@@ -54,7 +55,7 @@ def _check_linear(sampler: Sampler, rows: Array, runs: dict[float, Run]) -> None
         return
     i, miss = next(iter(failed.values()))
     guess = "it fails at every size of the data, as with a norm or a mixture of elements"
-    if len(failed) < len(runs):
+    if min(_SIZES, key=abs) not in failed:
         guess = "it fails on large data alone, as with a clamp or a threshold"
     calls = len(next(iter(runs.values())).inputs)
     reason = f"superposition fails in {state_name(i, calls)} by {miss:.1e} of it; {guess}"
@@ -208,5 +209,5 @@ def import_sampler(
     miss = np.abs((_replayed(found, rows, calls) - rows) * scale).max() / np.abs(rows * scale).max()
     if not miss <= _LINEAR:
         raise refusal(sampler, f"its rows give another result, off by {miss:.1e}")
-    label = name or str(getattr(sampler, "__name__", type(sampler).__name__))
+    label = name or name_of(sampler)
     return _lay(found, calls, levels, schedule, prediction, label)

@@ -139,6 +139,7 @@ def test_overlapping_draws_share_a_brownian_path(r, monkeypatch):
     got = run(table, table.init_sigma * start, p.network, draws)[-1]
     want = by_sampler(sampler, p, levels, levels[0] * start, noise, {}, monkeypatch).numpy()
     assert_same([got], [want], r, float(np.abs(levels[0] * start).max()))
+    assert StepTable.from_callable(sampler, levels).name == "sample_dpmpp_sde"
     apart = StepTable.from_callable(sampler, levels, schedule=schedule, prediction="sample")
     assert np.abs(run(apart, table.init_sigma * start, p.network, draws)[-1] - got).max() > 0.01
 

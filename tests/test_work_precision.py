@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import readme, work_precision
 from fastdiff import solvers
+
+ROOT = str(Path(__file__).resolve().parents[1])
+if ROOT not in sys.path:  # last, so that an installed fastdiff wins over the checkout
+    sys.path.append(ROOT)
+readme = import_module("benchmarks.readme")
+work_precision = import_module("benchmarks.work_precision")
 
 STEPS = (40, 80, 160)
 
