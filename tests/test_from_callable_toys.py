@@ -48,6 +48,13 @@ def test_a_sampler_may_write_to_what_it_gets():
     assert np.allclose(table.floats, StepTable.from_callable(toy(), LEVELS).floats, atol=1e-14)
 
 
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor, tuple])
+def test_levels_are_float64(kind):
+    """0.6 is another number in float32."""
+    levels = torch.tensor(LEVELS, dtype=torch.float64) if kind is torch.tensor else kind(LEVELS)
+    assert StepTable.from_callable(toy(), levels).sigmas.tolist() == LEVELS[:-1]
+
+
 def runge_kutta(model, x, sigmas, extra_args=None):
     """The classical method of fourth order: three stages' slopes, and x itself."""
     for a, b in itertools.pairwise(sigmas):
