@@ -19,6 +19,7 @@ from fastdiff._probe import (
     Sampler,
     compare,
     constant,
+    name_of,
     on_data,
     probed,
     refusal,
@@ -31,6 +32,7 @@ from fastdiff.solvers._walk import STEP, Point, Walk, epsilon
 from fastdiff.table import Row, StepTable
 
 _SIZES = (1.0, -64.0, 2.0**-10)  # of the random data: usual, beyond any clamp, below it
+_TINY = float(np.finfo(float).tiny)
 _LINEAR = 1e-9  # of a state that superposition may miss; rounding is 1e-13 in a hundred steps
 
 
@@ -54,7 +56,7 @@ def _check_linear(sampler: Sampler, rows: Array, runs: dict[float, Run]) -> None
         return
     i, miss = next(iter(failed.values()))
     guess = "it fails at every size of the data, as with a norm or a mixture of elements"
-    if len(failed) < len(runs):
+    if min(_SIZES, key=abs) not in failed:
         guess = "it fails on large data alone, as with a clamp or a threshold"
     calls = len(next(iter(runs.values())).inputs)
     reason = f"superposition fails in {state_name(i, calls)} by {miss:.1e} of it; {guess}"
@@ -174,7 +176,9 @@ def import_sampler(
     """`StepTable.from_callable`."""
     if not callable(sampler):
         raise TypeError(f"{WHERE}: sampler must be callable, got {type(sampler).__name__}")
-    levels = np.asarray(torch.as_tensor(sigmas).detach().cpu().double().numpy())
+    if isinstance(sigmas, torch.Tensor):
+        sigmas = sigmas.detach().cpu()
+    levels = np.asarray(sigmas, dtype=np.float64)
     usable = levels.ndim == 1 and len(levels) >= 2 and np.isfinite(levels).all()
     if not (usable and (levels >= 0).all() and levels[0] > 0):
         rule = "sigmas must be two or more finite levels, the first above 0"
@@ -203,10 +207,10 @@ def import_sampler(
         found = realise(rows[:-1], rows[-1], calls, rows.shape[1] - 1 - len(calls))
     except ValueError as error:
         raise refusal(sampler, str(error)) from error
-    scale = np.ones(rows.shape[1])
-    scale[0] = levels[0]
-    miss = np.abs((_replayed(found, rows, calls) - rows) * scale).max() / np.abs(rows * scale).max()
+    off = np.abs(_replayed(found, rows, calls) - rows)
+    off[:, 0] *= levels[0]  # of the data's size, as the others
+    miss = float((off.max(axis=1) / np.maximum(np.abs(rows).max(axis=1), _TINY)).max())
     if not miss <= _LINEAR:
         raise refusal(sampler, f"its rows give another result, off by {miss:.1e}")
-    label = name or str(getattr(sampler, "__name__", type(sampler).__name__))
+    label = name or name_of(sampler)
     return _lay(found, calls, levels, schedule, prediction, label)

@@ -3,7 +3,8 @@
 A sampler with fixed steps is linear in its start, in what the model answers and in its noise. So a
 run in float64 on a model that answers with basis vectors (a fresh unit vector for each call, one
 for the start, one for each draw) hands to the model literally the row of its coefficients. Runs on
-random data tell whether the sampler is linear at all.
+random data tell whether the sampler is linear at all. While a sampler runs, torch's default dtype
+is float64 and ``torch.randn_like`` gives the probe's draws: not to be done beside other threads.
 """
 
 from __future__ import annotations
@@ -27,8 +28,15 @@ _TINY = 2.0**-20  # of the basis vectors: a clamp does not touch them, and the s
 _CALLS = 100  # calls a point of the grid, after which a sampler is taken never to end
 
 
+def name_of(sampler: Sampler) -> str:
+    """The sampler's own name, also under functools.partial."""
+    inner = getattr(sampler, "func", sampler)
+    return str(getattr(inner, "__name__", type(inner).__name__))
+
+
 def refusal(sampler: Sampler, reason: str) -> ValueError:
-    name = getattr(sampler, "__name__", type(sampler).__name__)
+    """The error for a sampler that has no table."""
+    name = name_of(sampler)
     return ValueError(f"{WHERE}: sampler must have a table, but {name} has none: {reason}")
 
 
