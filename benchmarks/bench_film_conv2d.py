@@ -10,13 +10,13 @@ place behind.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 
 from benchmarks import measure
@@ -61,32 +61,38 @@ def gate(dtype: torch.dtype) -> None:
     assert_within_budget(ours(given), plain, exact, ulps=4)  # as tests/test_film_conv2d.py has it
 
 
-def functions(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+def functions(
+    shape: tuple[int, ...], dtype: torch.dtype, compiled: bool = False
+) -> dict[str, Callable[[], object]]:
     given = inputs(shape, dtype)
     target = torch.empty_like(given["x"])
-    return {
+    who: dict[str, Callable[[], object]] = {
         "fastdiff": lambda: ours(given),
         "convolution": lambda: F.conv2d(given["x"], given["weight"], given["bias"], padding=1),
         "eager": lambda: block(given),
         "copy": lambda: target.copy_(given["x"]),
     }
+    if compiled:
+        fused = torch.compile(block, dynamic=False)
+        who["compiled"] = lambda: fused(given)
+    return who
 
 
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", default="benchmarks/results/film_conv2d.json")
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--threads", type=int, nargs="+", default=[2])
-    args = parser.parse_args(argv)
+    args = measure.parser(__doc__, "film_conv2d", 15, (2,)).parse_args(argv)
+    # the compiler's worker processes would still be starting while the first case is timed
+    torch._inductor.config.compile_threads = 1
     rows = []
     for threads in args.threads:
         torch.set_num_threads(threads)
         for dtype in (torch.bfloat16, torch.float32):
             gate(dtype)
             for shape in SHAPES:
-                stats = measure.interleaved(functions(shape, dtype), repeats=args.repeats)
+                torch._dynamo.reset()
+                who = functions(shape, dtype, not args.no_compile)
+                stats = measure.interleaved(who, repeats=args.repeats)
                 hit = threads == 2 and dtype == torch.bfloat16
                 row = measure.row(
                     "film_conv2d channels_last",
@@ -111,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
                     f"time over ours: {ratios}",
                     flush=True,
                 )
-    measure.write_json(args.out, rows, f"python -m benchmarks.bench_film_conv2d {' '.join(argv)}")
+    measure.write_json(args.out, rows, measure.command("bench_film_conv2d", argv))
 
 
 @pytest.mark.parametrize("shape", SHAPES[:2], ids=str)

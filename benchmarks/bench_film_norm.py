@@ -22,8 +22,6 @@ Predicted before it was measured, an element of 16 bits in channels_last on AVX-
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -105,12 +103,7 @@ def functions(
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", default="benchmarks/results/film_norm.json")
-    parser.add_argument("--repeats", type=int, default=41)
-    parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    args = parser.parse_args(argv)
+    args = measure.parser(__doc__, "film_norm", 41, (2, 1)).parse_args(argv)
     # the compiler's worker processes would still be starting while the first case is timed
     torch._inductor.config.compile_threads = 1
     torch._inductor.config.freezing = True
@@ -146,10 +139,7 @@ def main(argv: list[str] | None = None) -> None:
                     f"time over ours: {ratios}",
                     flush=True,
                 )
-    kept = "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"
-    variables = "".join(f"{k}={os.environ[k]} " for k in kept if k in os.environ)
-    command = f"{variables}python -m benchmarks.bench_film_norm {' '.join(argv)}"
-    measure.write_json(args.out, rows, command)
+    measure.write_json(args.out, rows, measure.command("bench_film_norm", argv))
 
 
 @pytest.fixture(params=(2, 1), ids=("2threads", "1thread"))

@@ -19,7 +19,6 @@ half the bytes.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import warnings
 from collections.abc import Callable
@@ -105,8 +104,10 @@ def functions(
     if compiled:
         norm = torch.compile(plain, dynamic=False)
         residual = torch.compile(plain_residual, dynamic=False)
+        whole = torch.compile(layer, dynamic=False)
         jobs["norm"]["compiled"] = lambda: norm(x, scale, shift)
         jobs["residual"]["compiled"] = lambda: residual(x, h, g, scale, shift)
+        jobs["adaLN-Zero"]["compiled"] = lambda: whole(x, emb=embedding)[0]
     for who in jobs.values():
         who["copy"] = lambda: target.copy_(x)
     return jobs
@@ -115,16 +116,12 @@ def functions(
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", default="benchmarks/results/modulate.json")
-    parser.add_argument("--repeats", type=int, default=31)
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    args = parser.parse_args(argv)
+    args = measure.parser(__doc__, "modulate", 31, (2, 1)).parse_args(argv)
     gate()
     # the compiler's worker processes would still be starting while the first case is timed
     torch._inductor.config.compile_threads = 1
     rows = []
-    for threads in (1, 2):
+    for threads in args.threads:
         torch.set_num_threads(threads)
         for model, shape in SHAPES.items():
             for kind, dtype in DTYPES.items():
@@ -155,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
                         f"bytes at copy speed; times ours: {ratios}",
                         flush=True,
                     )
-    measure.write_json(args.out, rows, f"python -m benchmarks.bench_modulate {' '.join(argv)}")
+    measure.write_json(args.out, rows, measure.command("bench_modulate", argv))
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

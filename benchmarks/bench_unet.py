@@ -1,4 +1,5 @@
-"""One model evaluation of DDPM's CIFAR-10 U-Net: diffusers as it is, compiled, and accelerated.
+"""One model evaluation of DDPM's CIFAR-10 U-Net: diffusers as it is, compiled, and accelerated;
+and the library's own U-Net with the same weights, whose attention takes two products in bfloat16.
 
     python -m benchmarks.bench_unet --out benchmarks/results/unet.json
 
@@ -10,7 +11,6 @@ evaluation with their own inputs.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 from collections.abc import Callable
@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff
 from benchmarks import measure
+from fastdiff.models import UNet
 from tests.budget import assert_within_budget
 
 _FLOOR = ("aten.convolution", "aten.addmm", "aten.mm", "aten.bmm", "aten._scaled_dot_product")
@@ -83,6 +84,7 @@ def models(compiled: bool) -> dict[str, tuple[nn.Module, torch.dtype, torch.memo
     found = {
         "fastdiff": (ours, torch.bfloat16, last),
         "fastdiff frozen": (frozen, torch.bfloat16, last),
+        "fastdiff UNet": (UNet.from_diffusers(low), torch.bfloat16, last),
         "diffusers bf16": (low, torch.bfloat16, last),
         "fastdiff f32": (single, torch.float32, plain),
         "diffusers f32": (base, torch.float32, plain),
@@ -95,20 +97,28 @@ def models(compiled: bool) -> dict[str, tuple[nn.Module, torch.dtype, torch.memo
     return found
 
 
+def _sample(output: Any) -> Tensor:
+    """Of diffusers' models and of our own, which gives it bare."""
+    return output if isinstance(output, Tensor) else output.sample  # type: ignore[no-any-return]
+
+
 def gate(found: dict[str, tuple[nn.Module, torch.dtype, torch.memory_format]]) -> None:
-    """Every accelerated model is as exact as the one that it replaces, before anything is timed."""
+    """Every model of ours is as exact as the one that it replaces, before anything is timed."""
     torch.manual_seed(1)
-    for name, peer in (
-        ("fastdiff", "diffusers bf16"),
-        ("fastdiff frozen", "diffusers bf16"),
-        ("fastdiff f32", "diffusers f32"),
+    for name, peer, ulps in (
+        # the last convolution rounds its result, both times
+        ("fastdiff", "diffusers bf16", 1),
+        ("fastdiff frozen", "diffusers bf16", 1),
+        # as tests/test_unet_diffusers.py has it
+        ("fastdiff UNet", "diffusers bf16", 2),
+        ("fastdiff f32", "diffusers f32", 1),
     ):
         model, dtype, order = found[name]
         x = torch.randn(1, 3, 32, 32).to(dtype).contiguous(memory_format=order)
         t = torch.tensor([500])
         exact = copy.deepcopy(found[peer][0]).double()(x.double(), t).sample
-        # the last convolution rounds its result, both times
-        assert_within_budget(model(x, t).sample, found[peer][0](x, t).sample, exact, ulps=1)
+        plain = found[peer][0](x, t).sample
+        assert_within_budget(_sample(model(x, t)), plain, exact, ulps=ulps)
 
 
 def functions(
@@ -130,12 +140,8 @@ def functions(
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", default="benchmarks/results/unet.json")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser = measure.parser(__doc__, "unet", 15, (2,))
     parser.add_argument("--batch", type=int, nargs="+", default=[16, 1])
-    parser.add_argument("--threads", type=int, nargs="+", default=[1])
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     args = parser.parse_args(argv)
     found = models(not args.no_compile)
     gate(found)
@@ -157,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
                     f"{ratio['quiet']:.3f} times ours, {ratio['median']:.3f} in the median",
                     flush=True,
                 )
-    measure.write_json(args.out, rows, f"python -m benchmarks.bench_unet {' '.join(argv)}")
+    measure.write_json(args.out, rows, measure.command("bench_unet", argv))
 
 
 if __name__ == "__main__":

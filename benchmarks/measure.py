@@ -9,9 +9,11 @@ code costs when that does not happen. Both are reported.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import time
@@ -196,6 +198,34 @@ def row(
         "machine": machine_info(),
         **facts,
     }
+
+
+# Variables that change times: of the allocator, the thread pools and the instruction sets.
+_VARIABLES = (
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_TRIM_THRESHOLD_",
+    "OMP_NUM_THREADS",
+    "ATEN_CPU_CAPABILITY",
+    "FASTDIFF_CPU_ISA",
+)
+
+
+def command(module: str, argv: Sequence[str]) -> str:
+    """How this process was started, for the rows that it makes."""
+    variables = [f"{k}={shlex.quote(os.environ[k])}" for k in _VARIABLES if k in os.environ]
+    return " ".join([*variables, f"python -m benchmarks.{module}", *map(shlex.quote, argv)])
+
+
+def parser(
+    doc: str | None, out: str, repeats: int, threads: Sequence[int]
+) -> argparse.ArgumentParser:
+    """The options of a benchmark with a compiled peer."""
+    found = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
+    found.add_argument("--out", default=f"benchmarks/results/{out}.json")
+    found.add_argument("--repeats", type=int, default=repeats)
+    found.add_argument("--threads", type=int, nargs="+", default=list(threads))
+    found.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    return found
 
 
 def write_json(path: str | Path, rows: Sequence[dict[str, Any]], command: str) -> None:

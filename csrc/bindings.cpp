@@ -73,12 +73,22 @@ void noise(Address seeds, uint32_t step, uint32_t stream, int64_t samples, int64
   active->noise(args);
 }
 
+void brownian(Address seeds, Address counters, Address weights, int64_t draws, uint32_t stream,
+              Address x, float scale, int64_t samples, int64_t size, int64_t channels, Address out,
+              int out_dtype) {
+  const FdBrownianArgs args{at<int64_t>(seeds), at<int32_t>(counters), at<float>(weights), draws,
+                            stream, at<float>(x), scale, samples, size, channels, at<void>(out),
+                            out_dtype};
+  nb::gil_scoped_release release;
+  active->brownian(args);
+}
+
 void reverse_step(Address x, Address output, Address uncond, Address variance,
                   int64_t output_stride, int64_t uncond_stride, int64_t variance_stride,
                   int output_dtype, Address y, Address history, int64_t history_stride,
                   int history_slots, Address row_floats, Address row_ints, Address rows,
-                  int64_t row, Address seeds, Address guidance, float guidance_all, Address clip,
-                  float clip_all, Address out, Address model_input, int model_input_dtype,
+                  int64_t row, Address seeds, Address guidance, float guidance_all, Address scale,
+                  Address clip, float clip_all, Address out, Address model_input, int model_input_dtype,
                   int64_t samples, int64_t size, int64_t channels) {
   FdStepArgs args{};
   args.x = at<float>(x);
@@ -100,6 +110,7 @@ void reverse_step(Address x, Address output, Address uncond, Address variance,
   args.seeds = at<int64_t>(seeds);
   args.guidance = at<float>(guidance);
   args.guidance_all = guidance_all;
+  args.scale = at<float>(scale);
   args.clip = at<float>(clip);
   args.clip_all = clip_all;
   args.out = at<float>(out);
@@ -152,7 +163,7 @@ nb::object film_norm(nb::handle x, int64_t groups, nb::handle weight, nb::handle
   fd::FilmCall call(tensors);
   int weights = -1, films = -1;
   if (!call.image(x, groups, args) || !fd::activation(act, args.silu) ||
-      !fd::plain_number(eps, args.eps) || !(args.eps >= 0.0 && std::isfinite(args.eps)) ||
+      !fd::plain_eps(eps, args.eps) ||
       !call.row(weight, args.weight, weights, nullptr) ||
       !call.row(bias, args.bias, weights, nullptr) ||
       !call.row(scale, args.scale, films, &args.scale_stride) ||
@@ -216,6 +227,7 @@ NB_MODULE(_cpu, m) {
   m.def("isa", [] { return active->name; }, "The instruction set in use.");
   m.def("set_isa", &set_isa, "Use this instruction set from now on.");
   m.def("noise", &noise);
+  m.def("brownian", &brownian);
   m.def("reverse_step", &reverse_step);
   m.def("use_torch", &use_torch);
   m.def("quick_step", &quick_step, nb::arg("x").none(), nb::arg("output").none(),

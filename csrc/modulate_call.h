@@ -3,8 +3,6 @@
 // name the rule that was broken.
 #pragma once
 
-#include <cmath>
-
 #include "cpu/kernels.h"
 #include "tensor.h"
 
@@ -20,7 +18,7 @@ class ModulateCall {
 
   // Fills `args` but for the results; false: something is not plainly in order.
   bool check(bool modulated, FdModulateArgs& args) {
-    if (!tensors_.borrow(in_.x, &x_) || !x_.on_cpu() || x_.type() < kFloat32 || !x_.dense(false) ||
+    if (!float_tensor(tensors_, in_.x, x_) || !x_.dense(false) ||
         (x_.ndim != 2 && x_.ndim != 3) || x_.count() == 0)
       return false;
     args.x = x_.begin();
@@ -63,20 +61,11 @@ class ModulateCall {
            t.dense(false);
   }
 
-  // A tensor of that type, where one was seen before; a type that kernels know in any case.
-  bool typed(nanobind::handle object, Tensor& t, int& type) const {
-    if (!tensors_.borrow(object, &t) || !t.on_cpu() || t.type() < kFloat32 ||
-        (type >= 0 && t.type() != type))
-      return false;
-    type = t.type();
-    return true;
-  }
-
   // scale, shift or gate: (N, C) or the shape of x, the channels of a token side by side.
   bool channels(nanobind::handle object, FdChannels& c, int& type) const {
     if (object.is_none()) return true;
     Tensor t;
-    if (!typed(object, t, type)) return false;
+    if (!of_type(tensors_, object, t, type)) return false;
     const int last = t.ndim - 1, x_last = x_.ndim - 1;
     if (t.ndim != 2 && !t.shaped(x_)) return false;
     if (t.shape[0] != x_.shape[0] || t.shape[last] != x_.shape[x_last]) return false;
@@ -88,7 +77,7 @@ class ModulateCall {
   bool vector(nanobind::handle object, const void*& data, int& type) const {
     if (object.is_none()) return true;
     Tensor t;
-    if (!typed(object, t, type) || t.ndim != 1 || t.shape[0] != x_.shape[x_.ndim - 1] ||
+    if (!of_type(tensors_, object, t, type) || t.ndim != 1 || t.shape[0] != x_.shape[x_.ndim - 1] ||
         !t.dense(false))
       return false;
     data = t.begin();
@@ -96,17 +85,13 @@ class ModulateCall {
   }
 
   bool norm(FdModulateArgs& args) const {
-    const double eps = PyFloat_Check(in_.eps.ptr()) ? PyFloat_AsDouble(in_.eps.ptr()) : -1.0;
+    double eps;
+    if (!plain_eps(in_.eps, eps)) return false;
     args.eps = static_cast<float>(eps);
-    if (!std::isfinite(eps) || eps < 0.0) return false;
-    args.norm = kNoNorm;
-    if (in_.norm.is_none()) return true;
-    if (!PyUnicode_Check(in_.norm.ptr())) return false;
-    const auto is = [&](const char* name) {
-      return PyUnicode_CompareWithASCIIString(in_.norm.ptr(), name) == 0;
-    };
-    args.norm = is("layer") ? kLayerNorm : is("rms") ? kRmsNorm : kNoNorm;
-    return args.norm != kNoNorm;
+    args.norm = is_name(in_.norm, "layer") ? kLayerNorm
+                : is_name(in_.norm, "rms") ? kRmsNorm
+                                           : kNoNorm;
+    return args.norm != kNoNorm || in_.norm.is_none();
   }
 
   const TensorClass& tensors_;

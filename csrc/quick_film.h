@@ -1,8 +1,6 @@
 // `film_norm` on tensors that are plainly in order; see quick_step.h.
 #pragma once
 
-#include <cmath>
-
 #include "cpu/kernels.h"
 #include "tensor.h"
 
@@ -14,8 +12,7 @@ class FilmCall {
 
   // Fills the shape and the type from x, and the order that the other images must have.
   bool image(nanobind::handle object, int64_t groups, FdFilmNormArgs& args) {
-    if (!tensors_.borrow(object, &x_) || !x_.on_cpu() || x_.type() < kFloat32 || x_.ndim < 2)
-      return false;
+    if (!float_tensor(tensors_, object, x_) || x_.ndim < 2) return false;
     order_ = x_.order();
     if (order_ == Order::kNone || x_.count() == 0) return false;
     args.x = x_.begin();
@@ -40,8 +37,7 @@ class FilmCall {
   bool row(nanobind::handle object, const void*& data, int& type, int64_t* stride) const {
     if (object.is_none()) return true;
     Tensor t;
-    if (!tensors_.borrow(object, &t) || !t.on_cpu() || t.type() < kFloat32) return false;
-    if (type >= 0 && t.type() != type) return false;
+    if (!of_type(tensors_, object, t, type)) return false;
     const int axes = stride ? 2 : 1;
     if (t.ndim != axes || t.shape[axes - 1] != x_.shape[1]) return false;
     if (t.strides[axes - 1] != 1 && t.shape[axes - 1] != 1) return false;
@@ -50,7 +46,6 @@ class FilmCall {
       *stride = t.strides[0];
     }
     data = t.begin();
-    type = t.type();
     return true;
   }
 
@@ -63,8 +58,7 @@ class FilmCall {
 // None or "silu"
 inline bool activation(nanobind::handle act, bool& silu) {
   silu = !act.is_none();
-  return !silu || (PyUnicode_Check(act.ptr()) &&
-                   PyUnicode_CompareWithASCIIString(act.ptr(), "silu") == 0);
+  return !silu || is_name(act, "silu");
 }
 
 }  // namespace fd

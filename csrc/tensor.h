@@ -5,6 +5,7 @@
 
 #include <nanobind/nanobind.h>
 
+#include <cmath>
 #include <cstdint>
 
 #include "half.h"
@@ -131,6 +132,18 @@ struct Tensor : DlTensor {
   }
 };
 
+// A tensor on the CPU of a type that kernels know.
+inline bool float_tensor(const TensorClass& tensors, nanobind::handle object, Tensor& t) {
+  return tensors.borrow(object, &t) && t.on_cpu() && t.type() >= kFloat32;
+}
+
+// The same, of that type where one was seen before, which is -1 until then.
+inline bool of_type(const TensorClass& tensors, nanobind::handle object, Tensor& t, int& type) {
+  if (!float_tensor(tensors, object, t) || (type >= 0 && t.type() != type)) return false;
+  type = t.type();
+  return true;
+}
+
 // The value of a plain float or int; false for whatever else a caller may pass as a number.
 inline bool plain_number(nanobind::handle object, double& value) {
   const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()));
@@ -141,6 +154,17 @@ inline bool plain_number(nanobind::handle object, double& value) {
   if (!PyErr_Occurred()) return true;
   PyErr_Clear();  // an int beyond float64
   return false;
+}
+
+// What is added to a variance: finite and not negative.
+inline bool plain_eps(nanobind::handle object, double& value) {
+  return plain_number(object, value) && std::isfinite(value) && value >= 0.0;
+}
+
+// Whether the object is this string.
+inline bool is_name(nanobind::handle object, const char* name) {
+  return PyUnicode_Check(object.ptr()) &&
+         PyUnicode_CompareWithASCIIString(object.ptr(), name) == 0;
 }
 
 }  // namespace fd

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastdiff.ops.noise import Stream, as_seeds, randn
 from fastdiff.ops.reverse_step import reverse_step
+from fastdiff.path_noise import PathNoise
 from fastdiff.reference.reverse_step import guide
 from fastdiff.solvers._walk import Point, x0_conversion
 from fastdiff.table import StepTable
@@ -80,6 +81,8 @@ class Sampler:
         guidance: weight w of classifier-free guidance ``u + w (c - u)`` (Ho and Salimans 2022),
             a number or (N,) tensor; None: the conditional output alone.
         clip: bound of the converted prediction, a number or (N,) tensor; None: no clipping.
+        noise: "counter" draws each row's noise anew; "brownian" takes it from one path a seed
+            (`fastdiff.path_noise`), so that the picture stays the same when the steps change.
         mode: "eager".
         batched: conditional and unconditional in one model call of 2N samples, or in two calls.
         dtype: of the model input; None: of the model's first floating-point parameter, float32
@@ -97,6 +100,7 @@ class Sampler:
         *,
         guidance: float | Tensor | None = None,
         clip: float | Tensor | None = None,
+        noise: str = "counter",
         mode: str = "eager",
         batched: bool = True,
         dtype: torch.dtype | None = None,
@@ -108,6 +112,9 @@ class Sampler:
             raise TypeError(f"Sampler: table must be a StepTable, got {type(table).__name__}")
         if mode != "eager":
             raise ValueError(f"Sampler: mode must be 'eager', got {mode!r}")
+        if noise not in ("counter", "brownian"):
+            raise ValueError(f"Sampler: noise must be 'counter' or 'brownian', got {noise!r}")
+        self._path = PathNoise(table) if noise == "brownian" else None
         _check_number("guidance", guidance)
         _check_number("clip", clip)
         if isinstance(clip, (int, float)) and clip < 0:
@@ -211,7 +218,7 @@ class Sampler:
             x = reverse_step(
                 before,
                 output,
-                table,
+                table if self._path is None else self._path.table,
                 i,
                 uncond=other,
                 guidance=weight,
@@ -223,6 +230,8 @@ class Sampler:
                 out=None if keep else spare,
                 model_input=model_input,
             )
+            if self._path is not None:
+                self._path.add(i, x, y, seed_tensor, model_input)
             spare = before
             evaluated = None if output is None else (before, output, other, weight, self.clip)
             yield SampleStep(table, i, x, evaluated)

@@ -14,12 +14,15 @@ can draw the same noise again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from fastdiff.schedules import Schedule
 
 # The terms of a row in their order of summation; equal to FdTerm in csrc/step.h.
 TERMS = ("x", "y", "m", "d", "h0", "h1", "h2", "h3", "n1", "n2", "u")
@@ -167,6 +170,49 @@ class StepTable:
             ),
         ):
             object.__setattr__(self, key, value)
+
+    @classmethod
+    def from_callable(
+        cls,
+        sampler: Callable[..., Any],
+        sigmas: Any,
+        *,
+        schedule: Schedule | None = None,
+        prediction: str = "epsilon",
+        name: str | None = None,
+        brownian: bool = False,
+        **options: Any,
+    ) -> StepTable:
+        """The table of a k-diffusion-style sampler, found by running it on basis vectors.
+
+        Args:
+            sampler: ``sampler(model, x, sigmas, ...)``, where ``model(x, sigma)`` with sigma (N,)
+                predicts clean data from x = x0 + sigma*noise. Noise that it takes from a
+                ``noise_sampler`` argument or from ``torch.randn_like`` becomes draws, counted as
+                the sampler makes them.
+            sigmas: (steps + 1,) noise levels as the sampler wants them, the last one often 0.
+            schedule: of the model that the table is for, whose x is alpha times the sampler's and
+                whose time is that of sigma/alpha; None: `schedules.edm`, x and sigma themselves.
+            prediction: what that model predicts, as in `solvers.build`.
+            name: of the table; None: the sampler's own.
+            brownian: draws over spans (sigma, sigma_next) that overlap are increments of one
+                Brownian path, k-diffusion's default for the "sde" samplers; False: independent.
+            options: handed to the sampler.
+
+        Returns:
+            The table, whose initial state is sigmas[0] * noise in the sampler's space. Its order is
+            given as 1: a run does not tell it.
+
+        Raises:
+            TypeError, ValueError: an argument breaks its rule, or the sampler has no table, with
+                the reason: adaptive steps, clamps, norms, more history than a row reads.
+        """
+        from fastdiff._from_callable import import_sampler  # it needs this module
+
+        return import_sampler(
+            sampler, sigmas, schedule=schedule, prediction=prediction, name=name,
+            brownian=brownian, options=options,
+        )  # fmt: skip
 
     @property
     def times(self) -> np.ndarray:

@@ -34,6 +34,8 @@ _A: tl.constexpr = tl.constexpr(table.A)
 _B: tl.constexpr = tl.constexpr(table.B)
 _C_IN: tl.constexpr = tl.constexpr(table.C_IN)
 _LV_SCALE: tl.constexpr = tl.constexpr(table.LV_SCALE)
+_PUSH_X: tl.constexpr = tl.constexpr(table.PUSH_X)
+_PUSH_D: tl.constexpr = tl.constexpr(table.PUSH_D)
 _LV_SHIFT: tl.constexpr = tl.constexpr(table.LV_SHIFT)
 _ROW_FLOATS: tl.constexpr = tl.constexpr(table.ROW_FLOATS)
 _FLAGS: tl.constexpr = tl.constexpr(table.FLAGS)
@@ -92,6 +94,7 @@ def reverse_step_kernel(
     row,
     seeds,
     guidance,
+    scale,
     clip,
     out,
     model_input,
@@ -109,7 +112,10 @@ def reverse_step_kernel(
     P: tl.constexpr,
     Q: tl.constexpr,
     PUSH: tl.constexpr,
+    PUSH_X: tl.constexpr,
+    PUSH_D: tl.constexpr,
     GUIDED: tl.constexpr,
+    SCALED: tl.constexpr,
     LEARNED: tl.constexpr,
     CLIP: tl.constexpr,
     EACH_GUIDANCE: tl.constexpr,
@@ -125,8 +131,8 @@ def reverse_step_kernel(
     N1: tl.constexpr = (USED >> 8) & 1
     N2: tl.constexpr = (USED >> 9) & 1
     U: tl.constexpr = (USED >> 10) & 1
-    CONVERTS: tl.constexpr = PUSH or ((USED >> 3) & 1) != 0
-    READS_X: tl.constexpr = P or ((USED >> 0) & 1) != 0
+    CONVERTS: tl.constexpr = PUSH_D or ((USED >> 3) & 1) != 0
+    READS_X: tl.constexpr = P or PUSH_X or ((USED >> 0) & 1) != 0
     READS_M: tl.constexpr = Q or ((USED >> 2) & 1) != 0
 
     program = tl.program_id(0)
@@ -152,8 +158,16 @@ def reverse_step_kernel(
         weight = tl.load(guidance + sample) if EACH_GUIDANCE else tl.full((), guidance, tl.float32)
     if CLIP:
         bound = tl.load(clip + sample) if EACH_CLIP else tl.full((), clip, tl.float32)
+    if SCALED:
+        factor = tl.load(scale + sample)
     if PUSH:
         slot = tl.load(info + _PUSH)
+        if ROWS:
+            # (0, 1) pushes d itself, bit for bit; as bits: see _uses
+            e = tl.load(f + _PUSH_X).to(tl.int32, bitcast=True)
+            plain = ((e & 0x7FFFFFFF) == 0) & (
+                tl.load(f + _PUSH_D).to(tl.int32, bitcast=True) == 0x3F800000
+            )
 
     # Draws, one Philox call for four elements. Of two nested `if`, the outer one is the compiler's
     # and the inner one, where samples have their own rows, the kernel's.
@@ -234,6 +248,8 @@ def reverse_step_kernel(
         if GUIDED:
             # weight 1 gives the conditional output itself, as it has alone
             m = tl.where(weight == 1.0, m, u + weight * (m - u))
+        if SCALED:
+            m = factor * m
         if CONVERTS:
             d = zero
             if P:
@@ -279,9 +295,19 @@ def reverse_step_kernel(
         if B != 0:
             tl.store(y + start + offset, to_y, mask=mask & writes_y if ROWS else mask)
         if PUSH:
+            if PUSH == 1:
+                pushed = d
+            else:
+                pushed = zero
+                if PUSH_X:
+                    pushed = _plus(pushed, tl.load(f + _PUSH_X), tx, ROWS)
+                if PUSH_D:
+                    pushed = _plus(pushed, tl.load(f + _PUSH_D), d, ROWS)
+                if ROWS:
+                    pushed = tl.where(plain, d, pushed)
             on = mask & (slot >= 0) if ROWS else mask
             to = tl.maximum(slot, 0).to(tl.int64) * history_stride
-            tl.store(history + to + start + offset, d, mask=on)
+            tl.store(history + to + start + offset, pushed, mask=on)
         if MODEL_INPUT:
             store_float(model_input + start + offset, tl.load(f + _C_IN) * to_x, mask)
 
@@ -309,6 +335,7 @@ def reverse_step(step: Step) -> None:
             step.row,
             step.seeds,
             guidance if flags.guided else None,
+            step.scale,
             clip if flags.clip else None,
             step.out,
             step.model_input,
@@ -326,7 +353,10 @@ def reverse_step(step: Step) -> None:
             P=flags.p,
             Q=flags.q,
             PUSH=flags.push,
+            PUSH_X=flags.push_x,
+            PUSH_D=flags.push_d,
             GUIDED=flags.guided,
+            SCALED=flags.scaled,
             LEARNED=flags.learned,
             CLIP=flags.clip,
             EACH_GUIDANCE=isinstance(guidance, torch.Tensor),

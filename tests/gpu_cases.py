@@ -12,6 +12,7 @@ import torch
 from fastdiff.table import Row, StepTable
 
 # importlib: `fastdiff.ops.noise` is a module, but for `reverse_step` the function hides it
+brownian_op = importlib.import_module("fastdiff.ops.brownian")
 noise_op = importlib.import_module("fastdiff.ops.noise")
 step_op = importlib.import_module("fastdiff.ops.reverse_step")
 vae_op = importlib.import_module("fastdiff.ops.reparameterize")
@@ -27,6 +28,14 @@ def _noise(dtype: torch.dtype, fmt: torch.memory_format = torch.contiguous_forma
     return noise_op.prepare(range(4), _SHAPE[1:], out=out)
 
 
+def _brownian(
+    dtype: torch.dtype, fmt: torch.memory_format = torch.contiguous_format, *, added: bool = False
+) -> Any:
+    out = torch.empty(_SHAPE, dtype=dtype).contiguous(memory_format=fmt)
+    more = {"add_to": out.clone(), "scale": 0.5} if added else {}
+    return brownian_op.prepare(range(4), _SHAPE[1:], 0.3, 0.4, out=out, **more)
+
+
 _EVERY = dict.fromkeys(("x", "m", "d", "h0", "n1", "n2", "u"), 0.5)
 _TABLE = StepTable(
     "shapes",
@@ -39,7 +48,7 @@ _TABLE = StepTable(
             x={**_EVERY},
             y={**_EVERY},
             draws=((1, 4), (2, 4)),
-            push=True,
+            push=(0.5, -0.5),
             log_variance=(0.3, 0.4),
             time=0.5,
         ),
@@ -66,7 +75,7 @@ def _step(
     if every:
         given |= {"variance": model, "y": x.clone(), "clip": 1.0}
     if isinstance(row, list):
-        given |= {"guidance": torch.ones(4), "clip": torch.ones(4)}
+        given |= {"scale": torch.ones(4), "guidance": torch.ones(4), "clip": torch.ones(4)}
     index = torch.tensor(row) if isinstance(row, list) else row
     return step_op.prepare(x, model, _TABLE, index, **given)
 
@@ -96,6 +105,10 @@ CASES: dict[str, tuple[str, Callable[[], Any]]] = {
     "noise f32": ("noise", lambda: _noise(F32)),
     "noise bf16": ("noise", lambda: _noise(BF16)),
     "noise f32 channels_last": ("noise", lambda: _noise(F32, LAST)),
+    "brownian f32": ("brownian", lambda: _brownian(F32)),
+    "brownian f32 added": ("brownian", lambda: _brownian(F32, added=True)),
+    "brownian bf16": ("brownian", lambda: _brownian(BF16)),
+    "brownian f32 channels_last": ("brownian", lambda: _brownian(F32, LAST, added=True)),
     "step ddim bf16": ("reverse_step", lambda: _step(0, BF16)),
     "step ddim f32": ("reverse_step", lambda: _step(0, F32)),
     "step ddim guided bf16": ("reverse_step", lambda: _step(0, BF16, guided=True)),
@@ -121,6 +134,7 @@ CASES |= {f"film_norm {name}": ("film_norm", make) for name, make in film_cases.
 # cases with a bfloat16 tensor among their outputs
 STORES_BF16 = {
     "noise bf16",
+    "brownian bf16",
     "step ddim guided bf16",
     "step everything bf16",
     "step rows bf16",

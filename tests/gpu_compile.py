@@ -92,6 +92,7 @@ _TYPES = {
 }
 _MODULES = {
     "noise": "noise",
+    "brownian": "brownian",
     "reverse_step": "reverse_step",
     "reparameterize": "reparameterize",
     "reparameterize_backward": "reparameterize",

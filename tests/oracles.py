@@ -52,6 +52,11 @@ class Problem:
     uncond: Callable[[Array, float], Array] | None = None
     scales_at: Callable[[float], tuple[float, float]] | None = None
 
+    def level_of(self, t: float) -> float:
+        """The level sigma/alpha of a time, for a solver that halves times."""
+        alpha, sigma = self.scales_at(t)
+        return sigma / alpha
+
     @property
     def steps(self) -> int:
         return len(self.times) - 1
@@ -121,8 +126,11 @@ class Case(NamedTuple):
         kinds: of schedule on which the solver is defined.
         signal: whether it needs a grid that begins with alpha > 0.
         converges: whether its order of convergence is measured (with these options).
-        ends_in_x0: whether a step to clean data ends in the x0 prediction alone.
+        ends_in_x0: whether a step to clean data ends in the x0 prediction alone: True, False, or
+            "line" where it does so for a state on a straight line to x0.
         gaussian_order: order on Gaussian data where an error term vanishes there.
+        amplifies: whether a stage feeds on the rounding of the one before, so that few long steps
+            enlarge it.
     """
 
     solver: str
@@ -132,8 +140,9 @@ class Case(NamedTuple):
     kinds: tuple[str, ...] = ("discrete", "edm", "flow")
     signal: bool = False
     converges: bool = True
-    ends_in_x0: bool = True
+    ends_in_x0: bool | str = True
     gaussian_order: int | None = None
+    amplifies: bool = False
 
 
 # --- Ho et al. 2020 (arXiv:2006.11239) ------------------------------------------------------

@@ -24,8 +24,8 @@ def multistep(
     euler_at_final: bool = False,
     s_noise: float = 1.0,
 ) -> list:
-    """DPMSolverMultistepScheduler: the updates of arXiv:2206.00927 and arXiv:2211.01095 as diffusers
-    numbers them, but the curvature D2 of "sde-dpmsolver++", whose sign k-diffusion has right.
+    """DPMSolverMultistepScheduler: the updates of arXiv:2206.00927 and arXiv:2211.01095, but for
+    the sign of the curvature D2 in "sde-dpmsolver++", which k-diffusion has right.
 
     A step of infinite log-SNR ratio is the limit of the first-order update, which is DDIM's.
     """
@@ -65,10 +65,11 @@ def multistep(
             x = x + a_t * (first / h + 1) * d1 if heun else x - 0.5 * a_t * first * d1
             x = x - a_t * ((math.exp(-h) - 1 + h) / h**2 - 0.5) * d2
         elif algorithm == "dpmsolver":
-            first = math.exp(h) - 1
+            growth = a_t * s_s / (a_s * s_t)  # e^h, whose rounding would be that of h times e^h
+            first = growth - 1
             x = (a_t / a_s) * x - s_t * first * m0
             x = x - s_t * (first / h - 1) * d1 if heun else x - 0.5 * s_t * first * d1
-            x = x - s_t * ((math.exp(h) - 1 - h) / h**2 - 0.5) * d2
+            x = x - s_t * ((growth - 1 - h) / h**2 - 0.5) * d2
         elif algorithm == "sde-dpmsolver++":
             first = 1 - math.exp(-2 * h)
             x = (s_t / s_s * math.exp(-h)) * x + a_t * first * m0
@@ -77,12 +78,13 @@ def multistep(
             noise = p.noise(STEP, i) * s_noise
             x = x + s_t * math.sqrt(1 - math.exp(-2 * h)) * noise
         else:
-            first = math.exp(h) - 1
+            growth = a_t * s_s / (a_s * s_t)  # e^h, whose rounding would be that of h times e^h
+            first = growth - 1
             x = (a_t / a_s) * x - 2 * s_t * first * m0
             x = x - 2 * s_t * (first / h - 1) * d1 if heun else x - s_t * first * d1
-            x = x - 2 * s_t * ((math.exp(h) - 1 - h) / h**2 - 0.5) * d2
+            x = x - 2 * s_t * ((growth - 1 - h) / h**2 - 0.5) * d2
             noise = p.noise(STEP, i) * s_noise
-            x = x + s_t * math.sqrt(math.exp(2 * h) - 1) * noise
+            x = x + s_t * math.sqrt(growth**2 - 1) * noise
         states.append(x)
     return states
 
@@ -140,8 +142,13 @@ def _case(solver, algorithm, reason, *, oracle_options=None, **options):
         reason,
         kinds=("discrete", "edm") if needs else ("discrete", "edm", "flow"),
         signal=needs,
-        converges=options.get("s_noise", 1.0) == 1.0,
+        converges=options.get("s_noise", 1.0) == 1.0
+        and (solver, algorithm, told["order"]) not in APART,
     )
+
+
+# an error crosses zero on some of the grids: measured in test_dpm_orders.py
+APART = {("dpmpp_multistep", "dpmsolver++", 3), ("dpm_multistep", "sde-dpmsolver", 1)}
 
 
 CASES = {
@@ -195,6 +202,6 @@ CASES = {
     "dpmpp_3m_sde-ode": Case(
         "dpmpp_3m_sde", {"eta": 0.0},
         lambda p, x: multistep(p, x, 3, "heun", "dpmsolver++", lower_order_final=False),
-        "without noise it is DPM-Solver++(3M)",
+        "without noise it is DPM-Solver++(3M)", converges=False,  # as APART
     ),
 }  # fmt: skip

@@ -76,7 +76,7 @@ def rk4(p, x, variant):
     return states
 
 
-FLOW = {"kinds": ("flow",), "ends_in_x0": False}
+FLOW = {"kinds": ("flow",), "ends_in_x0": "line"}
 CASES = {
     # On a Gaussian x^2 is a quadratic in t, so that x x''' + 3 x' x'' = 0; over 24 x that is the
     # error term of third order, x'''/24 + (x'/x) x''/8.

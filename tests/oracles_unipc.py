@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 from log_snr import NO_SIGNAL, log_snr
 from mpmath import expm1, factorial, lu_solve, matrix, mpf
 from oracles import Array, Case, Problem
 
 
+@functools.cache
 def _rhos(rks, hh, big_b, count):
     """R rho = b of theorem 3.1: rho R_k = k! h phi_{k+1}(h)/B(h), phi as in appendix."""
     h_phi_k, rows, b = expm1(hh) / hh - 1, [], []
@@ -46,10 +49,10 @@ def unipc(
         if model_t is None:
             rhos = [mpf("0.5")] if order_ == 2 else []
             if order_ > 2:
-                rhos = _rhos(rks, hh, big_b, order_ - 1)
+                rhos = _rhos(tuple(rks), hh, big_b, order_ - 1)
         else:
             rks, d1s = [*rks, mpf(1)], [*d1s, model_t - m0]
-            rhos = [mpf("0.5")] if order_ == 1 else _rhos(rks, hh, big_b, order_)
+            rhos = [mpf("0.5")] if order_ == 1 else _rhos(tuple(rks), hh, big_b, order_)
         if predict_x0:
             scale, ratio = p.alphas[t], p.sigmas[t] / p.sigmas[s]
         else:

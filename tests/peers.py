@@ -75,8 +75,11 @@ def run_with_budget(table, x, outputs, *, clip=None, variance=None):
         if row.y is not None:
             anchor = sum(abs(c) * size[k] for k, c in row.y.items())
         amount = sum(abs(c) * size[k] for k, c in row.x.items())
-        if row.alpha and sigma and (row.alpha, row.sigma) != (alpha, sigma):
-            lam = math.log(row.alpha / row.sigma), math.log(alpha / sigma)
+        lam = [
+            math.log(a / s) if a and s else 0.0 for a, s in ((row.alpha, row.sigma), (alpha, sigma))
+        ]
+        # a row that only renoises, or whose way down and up again ends at its own level, has no h
+        if row.alpha and sigma and abs(lam[1] - lam[0]) > EPS:
             off = (1 + 2 * max(map(abs, lam))) / abs(lam[1] - lam[0])
             amount += off * sum(abs(c) * size[k] for k, c in row.x.items() if k != "x")
         total += EPS / 2 * ROUNDINGS * amount / alpha

@@ -22,8 +22,11 @@ needs_extension = pytest.mark.skipif(_native.extension is None, reason=str(_nati
 
 def random_table(rng: np.random.Generator) -> StepTable:
     """Seven rows: history of every depth, an anchor from row 0 on, two draws, CFG++'s uncond term,
-    a row without a model call and one with a learned variance.
+    a row without a model call and one with a learned variance; pushes of d, of x and d, of one.
     """
+    pushes: list[bool | tuple[float, float]] = [True] * ROWS
+    pushes[1], pushes[2] = (rng.normal(), rng.normal()), (rng.normal(), 0.0)
+    pushes[5] = (0.0, rng.normal())
     rows = []
     for i in range(ROWS):
         evaluates = i != NO_MODEL
@@ -47,7 +50,7 @@ def random_table(rng: np.random.Generator) -> StepTable:
                 y=y,
                 time=float(i) if evaluates else float("nan"),
                 convert=(rng.normal(), rng.normal()),
-                push=evaluates,
+                push=evaluates and pushes[i],
                 draws=((1, i), (2, i)),
                 log_variance=(0.4, -0.7) if i == LEARNED else None,
                 evaluates=evaluates,
@@ -99,6 +102,7 @@ class Inputs:
     seeds: torch.Tensor
     guidance: float | torch.Tensor = 1.0
     clip: float | torch.Tensor | None = None
+    scale: torch.Tensor | None = None
 
     def take(self, index: torch.Tensor) -> Inputs:
         def part(t: torch.Tensor) -> torch.Tensor:
@@ -112,6 +116,7 @@ class Inputs:
             part(self.seeds),
             part(self.guidance) if isinstance(self.guidance, torch.Tensor) else self.guidance,
             part(self.clip) if isinstance(self.clip, torch.Tensor) else self.clip,
+            None if self.scale is None else part(self.scale),
         )
 
 
@@ -123,12 +128,15 @@ def random_inputs(
     guidance: float | torch.Tensor = 2.5,
     clip: float | torch.Tensor | None = None,
 ) -> Inputs:
-    """Inputs for a batch of ``shape``; model tensors in ``dtype``."""
+    """Inputs for a batch of ``shape``; model tensors in ``dtype``, a scale with weights a sample."""
 
     def normal(kind: torch.dtype) -> torch.Tensor:
         t = torch.from_numpy(rng.standard_normal(shape)).to(kind)
         return t.contiguous(memory_format=fmt)
 
+    scale = None
+    if isinstance(guidance, torch.Tensor):
+        scale = torch.from_numpy(rng.uniform(0.5, 1.5, shape[0])).float()
     seeds = [int(s) for s in rng.integers(0, 2**64, shape[0], dtype=np.uint64)]
     return Inputs(
         normal(torch.float32),
@@ -138,6 +146,7 @@ def random_inputs(
         fastdiff.ops.as_seeds(seeds),
         guidance,
         clip,
+        scale,
     )
 
 
@@ -177,6 +186,7 @@ def walk(
             i,
             uncond=inputs.unconds[i],
             guidance=inputs.guidance,
+            scale=inputs.scale,
             clip=inputs.clip,
             variance=inputs.variance,
             y=y.tensor,

@@ -20,7 +20,7 @@ from tables import random_inputs, random_table, walk
 
 from fastdiff import randn, use_backend
 from fastdiff.backends import Implementation
-from fastdiff.ops import OPS, _launches, _native, reparameterize, reverse_step
+from fastdiff.ops import OPS, _launches, _native, brownian, reparameterize, reverse_step
 from fastdiff.reference.reparameterize import reparameterize as exact_reparameterize
 from fastdiff.table import Row, StepTable
 
@@ -54,7 +54,9 @@ def on_host(host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[Swap]:
         return Implementation(lambda: run, lambda call: None)
 
     def swap() -> None:
-        for name in ("noise", "reverse_step", "reparameterize"):
+        # else the C++ checks take the call and run their own kernel
+        monkeypatch.setattr(_native, "reads_tensors", False)
+        for name in ("noise", "brownian", "reverse_step", "reparameterize"):
             monkeypatch.setitem(OPS[name].backends, "cpu", runs(name))
         monkeypatch.setitem(backward.backends, "cpu", runs("reparameterize_backward"))
 
@@ -84,8 +86,22 @@ def test_noise(on_host: Swap, size: tuple[int, ...], dtype: torch.dtype, fmt: An
     assert_same_bits(outs[1], outs[0])
 
 
+@pytest.mark.parametrize(("size", "dtype", "fmt"), NOISE.values(), ids=NOISE)
+def test_brownian(on_host: Swap, size: tuple[int, ...], dtype: torch.dtype, fmt: Any) -> None:
+    outs = [torch.empty(3, *size, dtype=dtype).contiguous(memory_format=fmt) for _ in range(2)]
+    x = torch.linspace(-1, 1, outs[0].numel()).view(outs[0].shape).contiguous(memory_format=fmt)
+    given: dict[str, Any] = {"depth": 5, "stream": 2**32 - 1}
+    brownian(SEEDS, size, 0.3, 0.4, out=outs[0], **given)
+    added = brownian(SEEDS, size, 0.3, 0.4, add_to=x, scale=0.7, **given)
+    on_host()
+    brownian(SEEDS, size, 0.3, 0.4, out=outs[1], **given)
+    assert_same_bits(outs[1], outs[0])
+    assert_same_bits(brownian(SEEDS, size, 0.3, 0.4, add_to=x, scale=0.7, **given), added)
+
+
 WEIGHTS = torch.tensor([1.0, 3.0, 0.0])
 BOUNDS = torch.tensor([0.5, -1.0, 2.0])
+SCALES = torch.tensor([1.0, 0.75, 1.5])
 STEPS = {
     "bf16": ((3, 1025), BF16, PLAIN, 2.5, 1.5),
     "f16 channels_last": ((3, 8, 6, 6), F16, LAST, 1.0, None),
@@ -139,6 +155,7 @@ def test_per_sample_rows(on_host: Swap, dtype: torch.dtype, fmt: torch.memory_fo
                 torch.tensor(rows),
                 uncond=inputs.unconds[0],
                 guidance=WEIGHTS,
+                scale=SCALES,
                 clip=BOUNDS,
                 variance=inputs.variance,
                 seeds=inputs.seeds,

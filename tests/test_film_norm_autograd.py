@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from bits import assert_same_bits
 from budget import assert_within_budget
+from tables import needs_extension
 
-from fastdiff.ops import film, film_norm
+from fastdiff.ops import _native, film, film_norm
 from fastdiff.reference import film_norm as reference
 
 NAMES = ("x", "weight", "bias", "scale", "shift", "residual")
@@ -106,15 +109,76 @@ def test_meta_tensors_give_shape_dtype_and_order() -> None:
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
+def _chain(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return F.silu(F.group_norm(x, 4) * (1 + scale[..., None])).square().sum()
+
+
+def _ours(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return film_norm(x, 4, scale=scale, act="silu").square().sum()
+
+
+def _assert_gradients(got: Sequence[torch.Tensor], x: torch.Tensor, scale: torch.Tensor) -> None:
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, scale)]
+        found.append(torch.autograd.grad(_chain(*leaves), leaves))
+    for g, plain, exact in zip(got, *found, strict=True):
+        assert_within_budget(g, plain, exact, ulps=1)  # the last rounding, both times
+
+
 def test_functional_gradients() -> None:
-    inputs = _inputs(2, 8, 5)
+    inputs = _inputs(2, 8, 5, dtype=torch.float32)
     x, scale = inputs["x"].detach(), inputs["scale"].detach()
+    _assert_gradients(torch.func.grad(_ours, argnums=(0, 1))(x, scale), x, scale)
 
-    def loss(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return film_norm(x, 4, scale=scale, act="silu").square().sum()
 
-    got = torch.func.grad(loss, argnums=(0, 1))(x, scale)
-    leaves = [x.clone().requires_grad_(), scale.clone().requires_grad_()]
-    expected = torch.autograd.grad(loss(*leaves), leaves)
-    for g, e in zip(got, expected, strict=True):
-        assert_within_budget(g, e, e, 64.0)  # SiLU's derivative in another order
+def test_vmap_is_one_call_after_the_other() -> None:
+    x, scale = (torch.randn(s) for s in ((3, 2, 8, 5), (3, 2, 8)))
+    expected = [film_norm(a, 4, scale=b, act="silu") for a, b in zip(x, scale, strict=True)]
+    got = torch.vmap(lambda a, b: film_norm(a, 4, scale=b, act="silu"))(x, scale)
+    assert_same_bits(got, torch.stack(expected))
+    # along another axis, and with a modulation for all
+    got = torch.vmap(lambda a: film_norm(a, 4, scale=scale[0]), in_dims=2)(x.movedim(0, 2))
+    assert_same_bits(got, torch.stack([film_norm(a, 4, scale=scale[0]) for a in x]))
+    got = torch.vmap(lambda b: film(x[0], b, None))(scale)
+    assert_same_bits(got, torch.stack([film(x[0], b, None) for b in scale]))
+    each = torch.vmap(torch.func.grad(_ours, argnums=(0, 1)))(x, scale)
+    for i in range(3):
+        _assert_gradients([g[i] for g in each], x[i], scale[i])
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # inside torch.func
+def test_forward_mode_is_refused_aloud() -> None:
+    x = torch.randn(2, 8, 5)
+    with pytest.raises((NotImplementedError, RuntimeError), match="forward"):
+        torch.func.jvp(lambda t: film_norm(t, 4), (x,), (x,))
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises((NotImplementedError, RuntimeError), match="forward"),
+    ):
+        film_norm(torch.autograd.forward_ad.make_dual(x, x), 4)
+
+
+@needs_extension
+def test_tensors_of_a_transform_do_not_reach_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have no memory of their own, whatever an exchange of tensors makes of them."""
+    kernel, calls = _native.extension.film_norm, []
+
+    def watched(*inputs: Any) -> Any:
+        tensors = [t for t in inputs if isinstance(t, torch.Tensor)]
+        assert not any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors))
+        calls.append(len(tensors))
+        return kernel(*inputs)
+
+    monkeypatch.setattr(_native.extension, "film_norm", watched)
+    x, scale = torch.randn(3, 2, 8, 5), torch.randn(2, 8)
+
+    def without_grad(t: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return film_norm(t, 4) + t
+
+    torch.vmap(lambda t: film_norm(t, 4, scale=scale))(x)
+    torch.func.grad(_ours)(x[0], scale)
+    torch.func.grad(lambda t: without_grad(t).sum() + t.sum())(x[0])
+    torch.func.vjp(without_grad, x[0])
+    assert len(calls) == 6

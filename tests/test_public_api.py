@@ -24,8 +24,9 @@ PUBLIC = {
         "ops", "randn", "restore", "schedules", "solvers", "use_backend",
     ),
     "fastdiff.ops": (
-        "COMPOSED", "OPS", "Stream", "as_seeds", "describe", "explain", "film", "film_conv2d",
-        "film_norm", "gated_residual", "modulate", "randn", "reparameterize", "reverse_step",
+        "COMPOSED", "OPS", "Stream", "as_seeds", "brownian", "describe", "explain", "film",
+        "film_conv2d", "film_norm", "gated_residual", "modulate", "randn", "reparameterize",
+        "reverse_step",
     ),
     "fastdiff.schedules": ("cosine", "edm", "flow", "from_betas", "linear", "scaled_linear",
                            "sigmoid"),

@@ -53,8 +53,10 @@ def _formula(
         if coefficients is not None:
             results[name] = sum(dtype(c) * terms[k][0] for k, c in coefficients.items())
             results[f"{name} bound"] = sum(abs(c) * terms[k][1] for k, c in coefficients.items())
-    if row.evaluates:
-        results["d"], results["d bound"] = terms["d"]
+    if row.push:
+        e, f = (0.0, 1.0) if row.push is True else row.push
+        results["pushed"] = dtype(e) * x + dtype(f) * terms["d"][0]
+        results["pushed bound"] = abs(e) * np.abs(x) + abs(f) * terms["d"][1]
     last = i + 1 == len(table.rows)
     results["model_input"] = dtype(1.0 if last else table.rows[i + 1].c_in) * results["x"]
     return results
@@ -87,10 +89,10 @@ def _rows_with_formulas(
         got = {"x": x, "y": y.clone(), "model_input": model_input}
         slot = int(table.ints[i, PUSH])
         if slot >= 0:
-            got["d"] = h[slot].clone()
+            got["pushed"] = h[slot].clone()
         found.append(({k: v for k, v in got.items() if k in same}, same, exact))
         if row.push:
-            past.insert(0, got["d"].numpy() if slot >= 0 else exact["d"])
+            past.insert(0, got["pushed"].numpy() if slot >= 0 else exact["pushed"])
         # keep the next row's inputs of order one
         x = x / x.abs().max()
     return found

@@ -113,6 +113,20 @@ DERIVED = {
     "dpmpp_2m": ("dpmpp_2m", {}, (5, 5, 1, False)),
     "dpmpp_2m_sde": ("dpmpp_2m_sde", {}, (5, 5, 1, True)),
     "dpmpp_2m_sde-0": ("dpmpp_2m_sde", {"eta": 0.0}, (5, 5, 1, False)),
+    "dpmpp_multistep": ("dpmpp_multistep", {}, (5, 5, 1, False)),
+    "dpmpp_multistep-3-sde": ("dpmpp_multistep", {"order": 3, "eta": 1.0}, (5, 5, 2, True)),
+    "dpm_multistep": ("dpm_multistep", {}, (5, 5, 1, False)),
+    "dpm_multistep-3-sde": ("dpm_multistep", {"order": 3, "eta": 1.0}, (5, 5, 2, True)),
+    "dpmpp_3m_sde": ("dpmpp_3m_sde", {}, (5, 5, 2, True)),
+    "dpmpp_singlestep": ("dpmpp_singlestep", {}, (5, 5, 1, False)),
+    "dpmpp_singlestep-sde": ("dpmpp_singlestep", {"order": 3, "eta": 1.0}, (5, 5, 2, True)),
+    "dpm_singlestep": ("dpm_singlestep", {"order": 3}, (5, 5, 2, False)),
+    "dpm_fast": ("dpm_fast", {}, (5, 5, 2, False)),
+    "dpm_fast-eta": ("dpm_fast", {"eta": 1.0}, (5, 5, 2, True)),
+    "dpm_2": ("dpm_2", {}, (9, 9, 1, False)),
+    "dpm_2-churn": ("dpm_2", {"s_churn": 1.0}, (14, 9, 1, True)),
+    "dpm_2_ancestral": ("dpm_2_ancestral", {}, (9, 9, 1, True)),
+    "dpmpp_2s_ancestral": ("dpmpp_2s_ancestral", {}, (9, 9, 1, True)),
 }
 
 

@@ -33,6 +33,7 @@ INTERPRETED = (
     "noise_channels_last",
     "noise_2_24",
     "noise_beyond_32_bits",
+    "brownian_path",
     "step_every_feature",
     "step_channels_last",
     "step_sum_starts_at_zero",

@@ -21,9 +21,11 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+import triton_brownian
 from bits import assert_same_bits
 from budget import assert_within_budget
 from fastdiff.kernels import _common
+from fastdiff.kernels import brownian as brownian_module
 from fastdiff.kernels import film_norm as film_module
 from fastdiff.kernels import noise as noise_module
 from fastdiff.kernels import reparameterize as vae_module
@@ -58,7 +60,7 @@ def small_tiles(block: int, *, wide: bool = False) -> Iterator[None]:
     def tiles(*args: Any, **keywords: Any) -> Any:
         return make(*args, **keywords)._replace(WIDE=wide)
 
-    modules = (noise_module, step_module, vae_module)
+    modules = (noise_module, brownian_module, step_module, vae_module)
     for module in modules:
         module.tiles = tiles
     try:
@@ -161,6 +163,11 @@ def noise_beyond_32_bits() -> None:
         assert_same_bits(got, torch.from_numpy(expected[0]), f"tile {tile}")
 
 
+@case
+def brownian_path() -> None:
+    triton_brownian.run(small_tiles)
+
+
 # --- reverse step ---------------------------------------------------------------------------
 
 WEIGHTS = torch.tensor([1.0, 3.0, 0.0])
@@ -255,6 +262,7 @@ def step_per_sample_rows() -> None:
                         torch.tensor(rows),
                         uncond=inputs.unconds[4],
                         guidance=guidance,
+                        scale=inputs.scale,
                         clip=clip,
                         variance=inputs.variance,
                         seeds=inputs.seeds,

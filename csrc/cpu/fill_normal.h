@@ -245,24 +245,33 @@ inline void fill_normal(uint64_t seed, uint32_t stream, uint32_t step, int64_t f
   fill_normal(seed, stream, step, first, n, out, [](int) {});
 }
 
-// The same for a piece of memory whose fastest axis is the channel: memory position
-// pixel * channels + c holds logical element c * pixels + pixel.
-inline void fill_normal_channels_last(uint64_t seed, uint32_t stream, uint32_t step,
-                                      int64_t first, int64_t n, int64_t channels, int64_t pixels,
-                                      float* out) {
+// Elements first .. first + n - 1 of a sample whose fastest axis in memory is the channel: position
+// pixel * channels + c holds logical element c * pixels + pixel. fill(at, count, to) gives a run of
+// logical elements.
+template <class Fill>
+inline void channels_last(int64_t first, int64_t n, int64_t channels, int64_t pixels, float* out,
+                          const Fill& fill) {
   const int64_t first_pixel = first / channels, last_pixel = (first + n - 1) / channels;
   constexpr int64_t kRun = 1024;
   float run[kRun];
   for (int64_t p = first_pixel; p <= last_pixel; p += kRun) {
     const int64_t count = last_pixel + 1 - p < kRun ? last_pixel + 1 - p : kRun;
     for (int64_t c = 0; c < channels; ++c) {
-      fill_normal(seed, stream, step, c * pixels + p, count, run);
+      fill(c * pixels + p, count, run);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t at = (p + i) * channels + c - first;
         if (at >= 0 && at < n) out[at] = run[i];
       }
     }
   }
+}
+
+inline void fill_normal_channels_last(uint64_t seed, uint32_t stream, uint32_t step,
+                                      int64_t first, int64_t n, int64_t channels, int64_t pixels,
+                                      float* out) {
+  channels_last(first, n, channels, pixels, out, [&](int64_t at, int64_t count, float* to) {
+    fill_normal(seed, stream, step, at, count, to);
+  });
 }
 
 }  // namespace

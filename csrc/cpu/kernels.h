@@ -29,6 +29,7 @@ struct FdStepArgs {
   const int64_t* seeds;
   const float* guidance;  // one weight a sample, or null for `guidance_all`
   float guidance_all;
+  const float* scale;  // one factor of the guided output a sample, or null
   const float* clip;  // one bound a sample, or null for `clip_all`; below zero: no clipping
   float clip_all;
   float* out;
@@ -43,6 +44,19 @@ struct FdNoiseArgs {
   uint32_t step, stream;
   int64_t samples, size, channels;
   void* out;
+  int out_dtype;
+};
+
+struct FdBrownianArgs {
+  const int64_t* seeds;
+  const int32_t* counters;  // of the draws; so many as weights
+  const float* weights;
+  int64_t draws;
+  uint32_t stream;
+  const float* x;  // like out, or null
+  float scale;     // out = x + scale * sum, or the sum itself without x
+  int64_t samples, size, channels;
+  void* out;  // float32 where x is given
   int out_dtype;
 };
 
@@ -119,4 +133,5 @@ struct FdKernels {
   void (*reparameterize_backward)(const FdReparameterizeBackwardArgs&);
   void (*film_norm)(const FdFilmNormArgs&);
   void (*modulate)(const FdModulateArgs&);
+  void (*brownian)(const FdBrownianArgs&);
 };

@@ -1,9 +1,13 @@
-// One row of a StepTable over a batch: guidance, conversion, clipping, the affine combination of
+// One row of a StepTable over a batch: guidance, conversion, clipping, the affine combinations of
 // at most eleven tensors with counter noise among them, the history push and the next model input,
 // in one pass over memory.
 //
-// Reads each present input once, writes each present output once; scratch stays in L1.
-// Accumulates in float32, in the fixed order of ../step.h: results are bits, not tolerances.
+// Reads each present input once, writes each present output once. Accumulates in float32, in the
+// fixed order of ../step.h: results are bits, not tolerances.
+//
+// Any row is the same loop over blocks of a few vectors: in each, the row's tensors are walked with
+// x, m, d and the sums in registers. What a row lacks costs a branch that always goes the same way,
+// shared by the elements of a block, so no row needs code of its own.
 #include "../step.h"
 
 #include "fill_normal.h"
@@ -11,118 +15,161 @@
 #include "store.h"
 #include "table.h"
 #include "threads.h"
+#include "vec.h"
 
 namespace fd {
 namespace FD_ISA {
 namespace {
 
-constexpr int kChunk = 1024;
+constexpr int kChunk = 1024;       // elements of the scratch that noise and 16-bit tensors need
 constexpr int64_t kFar = 1 << 18;  // elements of a tensor that has left the second-level cache
-
-struct Terms {
-  const float* tensor[kTerms];
-  float coefficient[kTerms];
-  int count = 0;
-
-  void add(float c, const float* t) {
-    if (c != 0.0f) {
-      tensor[count] = t;
-      coefficient[count++] = c;
-    }
-  }
-};
-
-// The number of terms is a template argument so that coefficients and partial sums stay in
-// registers: one load a term, no pass over scratch. `out` may be one of the tensors.
-template <int kCount>
-void combine_fixed(const Terms& terms, float* out, int n) {
-  const float* t[kCount > 0 ? kCount : 1];
-  float c[kCount > 0 ? kCount : 1];
-  for (int k = 0; k < kCount; ++k) {
-    t[k] = terms.tensor[k];
-    c[k] = terms.coefficient[k];
-  }
-#pragma omp simd
-  for (int i = 0; i < n; ++i) {
-    float acc = 0.0f;
-#pragma GCC unroll 11
-    for (int k = 0; k < kCount; ++k) acc = fd_add_term(acc, c[k], t[k][i]);
-    out[i] = acc;
-  }
-}
-
-void combine(const Terms& terms, float* out, int n) {
-  using Function = void (*)(const Terms&, float*, int);
-  static constexpr Function kByCount[kTerms + 1] = {
-      combine_fixed<0>, combine_fixed<1>, combine_fixed<2>,  combine_fixed<3>,
-      combine_fixed<4>, combine_fixed<5>, combine_fixed<6>,  combine_fixed<7>,
-      combine_fixed<8>, combine_fixed<9>, combine_fixed<10>, combine_fixed<11>};
-  kByCount[terms.count](terms, out, n);
-}
-
-// A converted prediction and the sum that reads it, in one loop: d stays in a register on its way
-// to the history. kBefore terms of x' come before d in the order of summation, kAfter behind it.
-struct Converted {
-  const float* x;
-  const float* m;
-  float p, q, bound, weight;  // weight of d in x'; bound below zero: no clipping
-  float* pushed;              // null: d is not kept
-};
-
-template <int kBefore, int kAfter, bool kClip, bool kPushes>
-void convert_fixed(const Converted& v, const Terms& terms, float* out, int n) {
-  const float* t[kBefore + kAfter > 0 ? kBefore + kAfter : 1];
-  float c[kBefore + kAfter > 0 ? kBefore + kAfter : 1];
-  for (int k = 0; k < kBefore + kAfter; ++k) {
-    t[k] = terms.tensor[k];
-    c[k] = terms.coefficient[k];
-  }
-#pragma omp simd
-  for (int i = 0; i < n; ++i) {
-    float d = fd_add_term(fd_add_term(0.0f, v.p, v.x[i]), v.q, v.m[i]);
-    if (kClip) d = fd_clip(d, v.bound);
-    float acc = 0.0f;
-    for (int k = 0; k < kBefore; ++k) acc = fd_add_term(acc, c[k], t[k][i]);
-    acc = fd_add_term(acc, v.weight, d);
-    for (int k = kBefore; k < kBefore + kAfter; ++k) acc = fd_add_term(acc, c[k], t[k][i]);
-    out[i] = acc;
-    if (kPushes) v.pushed[i] = d;
-  }
-}
-
-using ConvertFunction = void (*)(const Converted&, const Terms&, float*, int);
-
-template <int kBefore, int kAfter>
-ConvertFunction pick(bool clips, bool pushes) {
-  if (clips) return pushes ? convert_fixed<kBefore, kAfter, true, true>
-                           : convert_fixed<kBefore, kAfter, true, false>;
-  return pushes ? convert_fixed<kBefore, kAfter, false, true>
-                : convert_fixed<kBefore, kAfter, false, false>;
-}
-
-constexpr int kMostBefore = 2, kMostAfter = 3;
-
-// The loop for these numbers of terms, which `converts_in_registers` has found to be there.
-ConvertFunction find_convert(int before, int after, bool clips, bool pushes) {
-  switch (before * (kMostAfter + 1) + after) {
-    case 0: return pick<0, 0>(clips, pushes);
-    case 1: return pick<0, 1>(clips, pushes);
-    case 2: return pick<0, 2>(clips, pushes);
-    case 3: return pick<0, 3>(clips, pushes);
-    case 4: return pick<1, 0>(clips, pushes);
-    case 5: return pick<1, 1>(clips, pushes);
-    case 6: return pick<1, 2>(clips, pushes);
-    case 7: return pick<1, 3>(clips, pushes);
-    case 8: return pick<2, 0>(clips, pushes);
-    case 9: return pick<2, 1>(clips, pushes);
-    case 10: return pick<2, 2>(clips, pushes);
-    default: return pick<2, 3>(clips, pushes);
-  }
-}
+constexpr int kVectors = 4;        // of a block: x, m, d, two sums and a term fill 24 registers
+constexpr int kBlock = kVectors * kWidth;
 
 struct Scratch {
-  float m[kChunk], u[kChunk], v[kChunk], d[kChunk], n1[kChunk], n2[kChunk], out[kChunk];
+  float m[kChunk], u[kChunk], v[kChunk], n1[kChunk], n2[kChunk];
 };
+
+// `kMost` whole vectors, or the first `n` elements of one.
+template <int kMost>
+struct Vectors {
+  Vec v[kMost];
+
+  Vectors() {
+#pragma GCC unroll 4
+    for (Vec& e : v) e = vec_set(0.0f);
+  }
+  static int width(int n) { return kMost > 1 ? kWidth : n; }
+
+  void load(const float* from, int n) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kMost; ++k) v[k] = vec_load<kFloat32>(from, k * kWidth, width(n));
+  }
+  void store(float* to, int n) const {
+#pragma GCC unroll 4
+    for (int k = 0; k < kMost; ++k) vec_store<kFloat32>(v[k], to, k * kWidth, width(n));
+  }
+  // Past the caches, to the start of a cache line.
+  void stream(float* to) const {
+#pragma GCC unroll 4
+    for (int k = 0; k < kMost; ++k) vec_stream<kFloat32>(v[k], to, k * kWidth);
+  }
+  // fd_add_term, since this source is compiled without contraction. A zero coefficient says that
+  // the term is absent: it may hold NaN.
+  void add(float c, const Vectors& term) {
+    if (c == 0.0f) return;
+    const Vec by = vec_set(c);
+#pragma GCC unroll 4
+    for (int k = 0; k < kMost; ++k) v[k] = v[k] + by * term.v[k];
+  }
+  void scale(float c) {
+#pragma GCC unroll 4
+    for (Vec& e : v) e = vec_set(c) * e;
+  }
+  void clip(float bound) {
+#pragma GCC unroll 4
+    for (Vec& e : v) e = vec_clamp(e, bound);
+  }
+  void guide(const float* uncond, float weight, int n) {
+    Vectors u;
+    u.load(uncond, n);
+#pragma GCC unroll 4
+    for (int k = 0; k < kMost; ++k) v[k] = u.v[k] + vec_set(weight) * (v[k] - u.v[k]);
+  }
+};
+
+// A tensor that is read for the sums alone, with its coefficients in x' and y'.
+struct Term {
+  const float* at;
+  float in_x, in_y;
+};
+
+// One row over a piece of one sample. A coefficient of zero says that a term is absent.
+struct Piece {
+  const float *x, *output, *u;  // null: not read; u: for guidance
+  float weight, scale;          // m = scale * guide(output, u, weight)
+  bool scales;
+  float p, q, bound;  // d = clip(p x + q m); bound below zero: no clipping
+  bool converts;
+  float x_in[2], m_in[2], d_in[2];  // coefficients in x' and y'
+  Term early[1], late[7];           // in the order of summation, before m and after d
+  int earlies, lates;
+  float push_x, push_d;
+  bool streams;             // x' goes past the caches
+  bool pushes_d;            // d itself, not a sum
+  float *out, *y, *pushed;  // the last two null: not written
+  void* model_input;        // or null
+  int model_input_dtype;
+  int64_t at;  // of the piece in model_input
+  float c_in;
+
+  template <int kMost, bool kTwo>
+  void block(int64_t i, int n) const;
+  template <bool kTwo>
+  void run(int64_t n) const;
+};
+
+template <int kMost, bool kTwo>
+void Piece::block(int64_t i, int n) const {
+  using V = Vectors<kMost>;
+  V state, m, d, to_x, to_y;
+  const auto add = [&](const float* in, const V& term) {
+    to_x.add(in[0], term);
+    if (kTwo) to_y.add(in[1], term);
+  };
+  const auto add_all = [&](const Term* terms, int count) {
+    for (int k = 0; k < count; ++k) {
+      V term;
+      term.load(terms[k].at + i, n);
+      to_x.add(terms[k].in_x, term);
+      if (kTwo) to_y.add(terms[k].in_y, term);
+    }
+  };
+  if (x) state.load(x + i, n);
+  if (output) {
+    m.load(output + i, n);
+    if (u) m.guide(u + i, weight, n);
+    if (scales) m.scale(scale);
+  }
+  if (converts) {
+    d.add(p, state);
+    d.add(q, m);
+    if (bound >= 0.0f) d.clip(bound);
+  }
+  // every sum before the first store: x' may lie over x, and a push over the slot that was read
+  add(x_in, state);
+  add_all(early, earlies);
+  add(m_in, m);
+  add(d_in, d);
+  add_all(late, lates);
+  if (pushed) {
+    if (!pushes_d) {
+      V sum;
+      sum.add(push_x, state);
+      sum.add(push_d, d);
+      d = sum;
+    }
+    d.store(pushed + i, n);
+  }
+  if (kTwo) to_y.store(y + i, n);
+  if (kMost > 1 && streams)
+    to_x.stream(out + i);
+  else
+    to_x.store(out + i, n);
+  if (model_input) {
+    alignas(64) float input[kMost * kWidth];
+    to_x.scale(c_in);
+    to_x.store(input, n);
+    store_as(input, model_input_dtype, model_input, at + i, kMost > 1 ? kMost * kWidth : n);
+  }
+}
+
+template <bool kTwo>
+void Piece::run(int64_t n) const {
+  int64_t i = 0;
+  for (; i + kBlock <= n; i += kBlock) block<kVectors, kTwo>(i, kWidth);
+  for (; i < n; i += kWidth) block<1, kTwo>(i, n - i < kWidth ? static_cast<int>(n - i) : kWidth);
+}
 
 // Lines of memory that the next chunk will want. Drawing noise keeps the arithmetic units busy for
 // most of a microsecond a chunk, in which the loads of the next one can be under way; without a
@@ -158,6 +205,7 @@ void draw(const FdStepArgs& a, int64_t sample, int32_t stream, int32_t counter, 
   });
 }
 
+
 bool uses(const float* row, FdTerm term) { return row[kA + term] != 0.0f || row[kB + term] != 0.0f; }
 
 bool writes_y(const float* row) {
@@ -166,23 +214,13 @@ bool writes_y(const float* row) {
   return false;
 }
 
-// Whether d needs no scratch: x' reads it, y' is not written, and the row has no more terms than
-// the solvers' rows have: x and m before d, history and a draw behind it.
-bool converts_in_registers(const float* row) {
-  int before = 0, after = 0;
-  for (int k = 0; k < kTerms; ++k)
-    if (k != kD && row[kA + k] != 0.0f) ++(k < kD ? before : after);
-  return row[kA + kD] != 0.0f && row[kP] != 0.0f && row[kQ] != 0.0f && before <= kMostBefore &&
-         after <= kMostAfter && !writes_y(row);
-}
-
-void write_model_input(const FdStepArgs& a, const float* row, const float* x, int64_t at, int n,
-                       Scratch& s) {
-  if (!a.model_input) return;
-  const float c_in = row[kCIn];
-#pragma omp simd
-  for (int i = 0; i < n; ++i) s.out[i] = c_in * x[i];
-  store_as(s.out, a.model_input_dtype, a.model_input, at, n);
+// Where x and x' leave no room for each other in a cache, what is written need not be fetched
+// first: a sixth less time for a row that reads two tensors. Not where x' lies over x, which has
+// been fetched, nor for a push, whose slot is mostly the oldest that the row reads.
+bool streams(const FdStepArgs& a, const float* to) {
+  constexpr int64_t kCaches = int64_t{16} << 20;
+  return 8 * a.samples * a.size >= kCaches && a.out != a.x &&
+         reinterpret_cast<uintptr_t>(to) % 64 == 0;
 }
 
 void step_chunk(const FdStepArgs& a, int64_t sample, int64_t first, int n, Scratch& s) {
@@ -191,24 +229,35 @@ void step_chunk(const FdStepArgs& a, int64_t sample, int64_t first, int n, Scrat
   const int32_t* info = a.row_ints + row_index * kRowInts;
   const int64_t at = sample * a.size + first;
 
-  const float* m = nullptr;
-  const float* u = nullptr;
-  if (info[kFlags] & kEvaluates) {
-    m = load_as_float(a.output, a.output_dtype, sample * a.output_stride + first, n, s.m);
-    if (a.uncond) {
-      u = load_as_float(a.uncond, a.output_dtype, sample * a.uncond_stride + first, n, s.u);
-      const float weight = a.guidance ? a.guidance[sample] : a.guidance_all;
-      if (weight != 1.0f) {
-        const float* cond = m;
-#pragma omp simd
-        for (int i = 0; i < n; ++i) s.m[i] = fd_guide(cond[i], u[i], weight);
-        m = s.m;
-      }
-    }
-  }
-
+  Piece p{};
+  p.out = a.out + at;
+  p.streams = streams(a, p.out);
   const int push = info[kPush];
-  const float bound = a.clip ? a.clip[sample] : a.clip_all;
+  if (push >= 0) {
+    p.pushed = a.history[push] + at;
+    p.push_x = row[kPushX];
+    p.push_d = row[kPushD];
+    p.pushes_d = p.push_x == 0.0f && p.push_d == 1.0f;
+  }
+  p.converts = uses(row, kD) || p.push_d != 0.0f;
+  p.p = row[kP];
+  p.q = row[kQ];
+  p.bound = a.clip ? a.clip[sample] : a.clip_all;
+  if (uses(row, kX) || p.push_x != 0.0f || (p.converts && p.p != 0.0f)) p.x = a.x + at;
+
+  const float* uncond = nullptr;
+  if (info[kFlags] & kEvaluates) {
+    if (uses(row, kM) || (p.converts && p.q != 0.0f))
+      p.output = load_as_float(a.output, a.output_dtype, sample * a.output_stride + first, n, s.m);
+    const float weight = a.guidance ? a.guidance[sample] : a.guidance_all;
+    const bool guides = p.output && weight != 1.0f;  // as fd_guide
+    if (a.uncond && (guides || uses(row, kU)))
+      uncond = load_as_float(a.uncond, a.output_dtype, sample * a.uncond_stride + first, n, s.u);
+    if (guides) p.u = uncond;
+    p.weight = weight;
+    p.scales = a.scale != nullptr;
+    if (p.scales) p.scale = a.scale[sample];
+  }
 
   if (uses(row, kN1)) {
     const int64_t width = a.output_dtype == kFloat32 ? 4 : 2;
@@ -216,7 +265,7 @@ void step_chunk(const FdStepArgs& a, int64_t sample, int64_t first, int n, Scrat
     const Ahead ahead{
         {reinterpret_cast<const char*>(a.x + at + n),
          output ? output + (sample * a.output_stride + first + n) * width : nullptr},
-        a.out == a.x ? nullptr : reinterpret_cast<char*>(a.out + at + n),
+        a.out == a.x || p.streams ? nullptr : reinterpret_cast<char*>(a.out + at + n),
         {4, width}};
     draw(a, sample, info[kStream1], info[kCounter1], first, n, ahead, s.n1);
     if (info[kFlags] & kLearnedVariance) {
@@ -229,64 +278,37 @@ void step_chunk(const FdStepArgs& a, int64_t sample, int64_t first, int n, Scrat
   }
   if (uses(row, kN2)) draw(a, sample, info[kStream2], info[kCounter2], first, n, Ahead{}, s.n2);
 
-  const auto gather = [&](int start, bool with_d, Terms& terms) {
-    const auto add = [&](int term, const float* tensor) { terms.add(row[start + term], tensor); };
-    add(kX, a.x + at);
-    add(kY, a.y ? a.y + at : nullptr);
-    add(kM, m);
-    const int before = terms.count;
-    if (with_d) add(kD, s.d);
-    for (int k = 0; k < 4; ++k) add(kH0 + k, a.history[k] ? a.history[k] + at : nullptr);
-    add(kN1, s.n1);
-    add(kN2, s.n2);
-    add(kU, u);
-    return before;
+  const auto coefficients = [&](FdTerm term, float* in) {
+    in[0] = row[kA + term];
+    in[1] = row[kB + term];
   };
-  const bool converts = push >= 0 || uses(row, kD);
-  float* out = a.out + at;
-  if (converts_in_registers(row)) {
-    Terms others;
-    const int before = gather(kA, false, others);
-    const ConvertFunction convert =
-        find_convert(before, others.count - before, bound >= 0.0f, push >= 0);
-    float* pushed = push >= 0 ? a.history[push] + at : nullptr;
-    convert({a.x + at, m, row[kP], row[kQ], bound, row[kA + kD], pushed}, others, out, n);
-    write_model_input(a, row, out, at, n, s);
-    return;
-  }
-
-  Terms to_x, to_y;
-  gather(kA, true, to_x);
-  gather(kB, true, to_y);
-  if (converts) {
-    Terms convert;
-    convert.add(row[kP], a.x + at);
-    convert.add(row[kQ], m);
-    combine(convert, s.d, n);
-    if (bound >= 0.0f) {
-#pragma omp simd
-      for (int i = 0; i < n; ++i) s.d[i] = fd_clip(s.d[i], bound);
-    }
-  }
-  // y' first: x' may be written over x, which y' still reads, so x' waits in scratch then
-  if (to_y.count > 0) {
-    combine(to_x, s.out, n);
-    combine(to_y, a.y + at, n);
-    store_as(s.out, kFloat32, a.out, at, n);
+  const auto add = [&](int term, const float* t, Term* terms, int& count) {
+    const float in_x = row[kA + term], in_y = row[kB + term];
+    if (in_x != 0.0f || in_y != 0.0f) terms[count++] = {t, in_x, in_y};
+  };
+  coefficients(kX, p.x_in);
+  coefficients(kM, p.m_in);
+  coefficients(kD, p.d_in);
+  add(kY, a.y + at, p.early, p.earlies);
+  for (int k = 0; k < 4; ++k) add(kH0 + k, a.history[k] + at, p.late, p.lates);
+  add(kN1, s.n1, p.late, p.lates);
+  add(kN2, s.n2, p.late, p.lates);
+  add(kU, uncond, p.late, p.lates);
+  p.model_input = a.model_input;
+  p.model_input_dtype = a.model_input_dtype;
+  p.at = at;
+  p.c_in = row[kCIn];
+  if (writes_y(row)) {
+    p.y = a.y + at;
+    p.run<true>(n);
   } else {
-    combine(to_x, out, n);
+    p.run<false>(n);
   }
-  if (push >= 0) store_as(s.d, kFloat32, a.history[push], at, n);
-  write_model_input(a, row, out, at, n, s);
 }
 
-// A row that needs no scratch: x' from float32 tensors as they lie, for all samples alike.
-bool direct(const FdStepArgs& a, const float* row, const int32_t* info) {
-  const bool guided = a.uncond && (a.guidance || a.guidance_all != 1.0f);
-  const bool converts = info[kPush] >= 0 || uses(row, kD);
-  const bool scratch =
-      (converts && !converts_in_registers(row)) || uses(row, kN1) || uses(row, kN2);
-  return !a.rows && !scratch && !guided && !writes_y(row) && !a.model_input &&
+// A row that fills no scratch, for all samples alike.
+bool straight(const FdStepArgs& a, const float* row, const int32_t* info) {
+  return !a.rows && !uses(row, kN1) && !uses(row, kN2) &&
          (!(info[kFlags] & kEvaluates) || a.output_dtype == kFloat32);
 }
 
@@ -295,12 +317,12 @@ bool direct(const FdStepArgs& a, const float* row, const int32_t* info) {
 void reverse_step(const FdStepArgs& a) {
   const int64_t any = a.rows && a.samples > 0 ? a.rows[0] : a.row;
   const float* row = a.row_floats + any * kRowFloats;
-  const bool straight = direct(a, row, a.row_ints + any * kRowInts);
+  const bool whole = straight(a, row, a.row_ints + any * kRowInts);
   // pieces that stay in L1 where scratch is filled and read again, long runs where none is
-  int64_t per_chunk = straight ? 16 * kChunk : kChunk;
+  int64_t per_chunk = whole ? 16 * kChunk : kChunk;
   // whole pixels a chunk, and a multiple of 64 of them where they fit, so that no normal of the
   // channels' runs is computed twice
-  if (!straight && a.channels > 0 && a.channels <= kChunk) {
+  if (!whole && a.channels > 0 && a.channels <= kChunk) {
     const int64_t pixels = kChunk / a.channels;
     per_chunk = (pixels >= 64 ? pixels / 64 * 64 : pixels) * a.channels;
   }
@@ -315,6 +337,7 @@ void reverse_step(const FdStepArgs& a) {
                    step_chunk(a, sample, first,
                               static_cast<int>(left < per_chunk ? left : per_chunk), scratch);
                  }
+                 vec_stream_end();
                });
 }
 

@@ -10,4 +10,5 @@ const FdKernels FD_SYMBOL(FD_ISA) = {FD_NAME(FD_ISA), fd::FD_ISA::noise, fd::FD_
                                      fd::FD_ISA::reparameterize,
                                      fd::FD_ISA::reparameterize_backward,
                                      fd::FD_ISA::film_norm,
-                                     fd::FD_ISA::modulate};
+                                     fd::FD_ISA::modulate,
+                                     fd::FD_ISA::brownian};

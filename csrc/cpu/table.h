@@ -12,6 +12,7 @@ void reparameterize(const FdReparameterizeArgs&);
 void reparameterize_backward(const FdReparameterizeBackwardArgs&);
 void film_norm(const FdFilmNormArgs&);
 void modulate(const FdModulateArgs&);
+void brownian(const FdBrownianArgs&);
 
 }  // namespace FD_ISA
 }  // namespace fd

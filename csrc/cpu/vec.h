@@ -1,7 +1,7 @@
 // A vector of floats as wide as the instruction set has it, with loads and stores that convert.
 //
-// The operators are the compiler's own on vector types. Sources that use this header promise no
-// bits, so they are compiled with contraction on: a * b + c is one instruction where there is one.
+// The operators are the compiler's own on vector types: a * b + c is one instruction, where there is
+// one, in a source that is compiled with contraction on, and two roundings in one without.
 #pragma once
 
 #include "../half.h"
@@ -44,6 +44,11 @@ inline Vec vec_load(const void* from, int64_t at, int n = kWidth) {
                                    : _mm256_maskz_loadu_epi16(mask, p);
   if (D == kFloat16) return _mm512_cvtph_ps(half);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+// NaN passes through
+inline Vec vec_clamp(Vec v, float bound) {
+  return _mm512_min_ps(vec_set(bound), _mm512_max_ps(vec_set(-bound), v));
 }
 
 inline __m256i vec_to_bf16(Vec v) {
@@ -156,8 +161,10 @@ inline Vec vec_set(float x) { return Vec{x, x, x, x, x, x, x, x}; }
 template <int D>
 inline Vec vec_load(const void* from, int64_t at, int n = kWidth) {
   if (D == kFloat32) {
+    const float* p = static_cast<const float*>(from) + at;
+    if (n == kWidth) return *reinterpret_cast<const Vec*>(p);
     Vec v{};
-    std::memcpy(&v, static_cast<const float*>(from) + at, n * sizeof(float));
+    std::memcpy(&v, p, n * sizeof(float));
     return v;
   }
   VecHalf h{};
@@ -171,7 +178,11 @@ inline Vec vec_load(const void* from, int64_t at, int n = kWidth) {
 template <int D>
 inline void vec_store(Vec v, void* to, int64_t at, int n = kWidth) {
   if (D == kFloat32) {
-    std::memcpy(static_cast<float*>(to) + at, &v, n * sizeof(float));
+    float* p = static_cast<float*>(to) + at;
+    if (n == kWidth)
+      *reinterpret_cast<Vec*>(p) = v;
+    else
+      std::memcpy(p, &v, n * sizeof(float));
     return;
   }
   VecHalf h{};

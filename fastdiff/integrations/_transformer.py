@@ -264,9 +264,7 @@ class DiTTransformer2DModel(Swapped):
 
     @staticmethod
     def refuse(model: Any, /) -> str | None:
-        (base,) = loaded(
-            "diffusers.models.transformers.dit_transformer_2d", "DiTTransformer2DModel"
-        )
+        (base,) = loaded(MODEL, "DiTTransformer2DModel")
         if not keeps_forward(model, base):
             return "has a forward of its own"
         plain = _is_layer_norm(model.norm_out)

@@ -5,11 +5,13 @@ from typing import Any
 
 from fastdiff import backends
 from fastdiff.backends import Op
+from fastdiff.ops import brownian as _brownian
 from fastdiff.ops import film_norm as _film_norm
 from fastdiff.ops import modulate as _modulate
 from fastdiff.ops import noise as _noise
 from fastdiff.ops import reparameterize as _reparameterize
 from fastdiff.ops import reverse_step as _reverse_step
+from fastdiff.ops.brownian import brownian
 from fastdiff.ops.film_conv2d import film_conv2d
 from fastdiff.ops.film_norm import film, film_norm
 from fastdiff.ops.modulate import gated_residual, modulate
@@ -20,13 +22,21 @@ from fastdiff.ops.reverse_step import reverse_step
 # Every op by name; a test walks it and fails where a folder lacks a listed file.
 OPS: dict[str, Op] = {
     op.name: op
-    for op in (_film_norm.OP, _modulate.OP, _noise.OP, _reparameterize.OP, _reverse_step.OP)
+    for op in (
+        _brownian.OP,
+        _film_norm.OP,
+        _modulate.OP,
+        _noise.OP,
+        _reparameterize.OP,
+        _reverse_step.OP,
+    )
 }
 
 # Ops made of others and of a vendor's call, without kernels of their own.
 COMPOSED: tuple[str, ...] = ("film_conv2d",)
 
 _PREPARE: dict[str, Callable[..., Any]] = {
+    "brownian": _brownian.prepare,
     "film_norm": _film_norm.prepare,
     "modulate": _modulate.prepare,
     "noise": _noise.prepare,
@@ -63,6 +73,7 @@ __all__ = [
     "OPS",
     "Stream",
     "as_seeds",
+    "brownian",
     "describe",
     "explain",
     "film",

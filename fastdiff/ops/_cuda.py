@@ -25,6 +25,7 @@ from fastdiff.ops._film_launches import Chip
 from fastdiff.ops._launches import Launch, Macros
 from fastdiff.ops._modulate_checks import Modulate
 from fastdiff.ops._step_checks import Step
+from fastdiff.ops.brownian import Increment
 from fastdiff.ops.noise import Draw
 from fastdiff.ops.reparameterize import Reparameterize, ReparameterizeBackward
 
@@ -257,6 +258,15 @@ def noise(draw: Draw) -> None:
     with torch.cuda.device(draw.out.device):
         device = _device(draw.out)
         device.run(_launches.noise(draw, device.blocks))
+
+
+def brownian(call: Increment) -> None:
+    """Fill ``call.out``."""
+    if call.out.numel() == 0:
+        return
+    with torch.cuda.device(call.out.device):
+        device = _device(call.out)
+        device.run(_launches.brownian(call, device.blocks))
 
 
 def reverse_step(step: Step) -> None:

@@ -15,6 +15,7 @@ from fastdiff.ops._layout import memory_format
 from fastdiff.ops._native import DTYPES, address
 from fastdiff.ops._presence import presence
 from fastdiff.ops._step_checks import Step
+from fastdiff.ops.brownian import Increment
 from fastdiff.ops.noise import Draw
 from fastdiff.ops.reparameterize import Reparameterize, ReparameterizeBackward
 
@@ -131,6 +132,35 @@ def noise(draw: Draw, blocks: int) -> list[Launch]:
     return [Launch("noise.cu", "noise", macros, grid, block, args)]
 
 
+def brownian(call: Increment, blocks: int) -> list[Launch]:
+    """Launches that fill ``call.out``, which must have elements."""
+    out, x = call.out, call.x
+    fmt = memory_format(out)
+    assert fmt is not None  # the op refuses other layouts
+    shape = _shape(out, fmt, _pack_of(out), True)
+    grid, block = _cover(out.shape[0], shape.units, blocks)
+    macros = (
+        ("FD_DTYPE", DTYPES[out.dtype]),
+        ("FD_ADD", int(x is not None)),
+        *_walk_macros(shape, out, x),
+    )
+    args = (
+        call.seeds.data_ptr(),
+        call.counters.data_ptr(),
+        call.weights.data_ptr(),
+        len(call.counters),
+        call.stream,
+        address(x),
+        float(call.scale),
+        out.shape[0],
+        shape.size,
+        shape.channels,
+        shape.pixels,
+        out.data_ptr(),
+    )
+    return [Launch("brownian.cu", "brownian", macros, grid, block, args)]
+
+
 def _stride(t: torch.Tensor | None) -> int:
     return 0 if t is None else t.stride(0)
 
@@ -152,8 +182,11 @@ def reverse_step(step: Step, blocks: int) -> list[Launch]:
         ("FD_P", int(flags.p)),
         ("FD_Q", int(flags.q)),
         ("FD_EVALUATES", int(flags.evaluates)),
-        ("FD_PUSH", int(flags.push)),
+        ("FD_PUSH", flags.push),
+        ("FD_PUSH_X", int(flags.push_x)),
+        ("FD_PUSH_D", int(flags.push_d)),
         ("FD_GUIDED", int(flags.guided)),
+        ("FD_SCALED", int(flags.scaled)),
         ("FD_CLIP", int(flags.clip)),
         ("FD_LEARNED", int(flags.learned)),
         ("FD_OUTPUT_DTYPE", 0 if output is None else DTYPES[output.dtype]),
@@ -179,6 +212,7 @@ def reverse_step(step: Step, blocks: int) -> list[Launch]:
         address(step.seeds),
         guidance.data_ptr() if isinstance(guidance, torch.Tensor) else 0,
         1.0 if isinstance(guidance, torch.Tensor) else float(guidance),
+        address(step.scale),
         clip.data_ptr() if isinstance(clip, torch.Tensor) else 0,
         float(clip) if isinstance(clip, (int, float)) else -1.0,
         step.out.data_ptr(),

@@ -17,6 +17,8 @@ from fastdiff.table import (
     FLAGS,
     LEARNED_VARIANCE,
     PUSH,
+    PUSH_D,
+    PUSH_X,
     TERMS,
     A,
     B,
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from fastdiff.ops._step_checks import Step
 
 BIT = {term: 1 << k for k, term in enumerate(TERMS)}
+PUSHES_D, PUSHES_SUM = 1, 2
 _NOISE = BIT["n1"] | BIT["n2"]
 
 
@@ -39,9 +42,12 @@ class Presence(NamedTuple):
     b: int  # terms of y'
     p: bool  # the converted prediction reads x
     q: bool  # the converted prediction reads m
-    push: bool  # the converted prediction may be pushed
+    push: int  # 0 nothing, PUSHES_D the converted prediction itself, PUSHES_SUM a sum, or both
+    push_x: bool  # the sum that is pushed reads x
+    push_d: bool  # and the converted prediction
     evaluates: bool
     guided: bool  # a weight of guidance may differ from 1
+    scaled: bool  # the model output has a factor
     learned: bool  # the first draw has a learned variance
     clip: bool
 
@@ -61,8 +67,11 @@ def _of_rows(packed: Packed) -> list[Presence]:
     rows = []
     for f, i in zip(floats, ints, strict=True):
         a, b = _bits(f[A : A + len(TERMS)]), _bits(f[B : B + len(TERMS)])
-        push = bool(i[PUSH] >= 0)
-        converts = push or bool((a | b) & BIT["d"])
+        push = push_x = push_d = 0
+        if i[PUSH] >= 0:
+            push_x, push_d = f[PUSH_X] != 0.0, f[PUSH_D] != 0.0
+            push = PUSHES_SUM if push_x or f[PUSH_D] != 1.0 else PUSHES_D
+        converts = bool(push_d or (a | b) & BIT["d"])
         rows.append(
             Presence(
                 a=a,
@@ -70,8 +79,11 @@ def _of_rows(packed: Packed) -> list[Presence]:
                 p=converts and bool(f[P] != 0.0),
                 q=converts and bool(f[Q] != 0.0),
                 push=push,
+                push_x=bool(push_x),
+                push_d=bool(push_d),
                 evaluates=bool(i[FLAGS] & EVALUATES),
                 guided=False,
+                scaled=False,
                 learned=bool(i[FLAGS] & LEARNED_VARIANCE) and bool((a | b) & BIT["n1"]),
                 clip=converts,
             )
@@ -101,14 +113,18 @@ def presence(step: Step) -> Presence:
         if step.seeds is not None:
             terms |= _NOISE
         evaluates = step.output is not None
+        pushes = evaluates and step.history is not None
         return Presence(
             a=terms,
             b=terms if step.y is not None else 0,
             p=evaluates,
             q=evaluates,
-            push=evaluates and step.history is not None,
+            push=PUSHES_D | PUSHES_SUM if pushes else 0,
+            push_x=pushes,
+            push_d=pushes,
             evaluates=evaluates,
             guided=guided,
+            scaled=step.scale is not None and evaluates,
             learned=step.variance is not None,
             clip=clip and evaluates,
         )
@@ -117,4 +133,8 @@ def presence(step: Step) -> Presence:
         rows = _rows[step.packed.floats] = _of_rows(step.packed)
     row: Presence = rows[step.row]
     reads_m = row.q or bool((row.a | row.b) & BIT["m"])
-    return row._replace(guided=guided and reads_m, clip=clip and row.clip)
+    return row._replace(
+        guided=guided and reads_m,
+        scaled=step.scale is not None and reads_m,
+        clip=clip and row.clip,
+    )

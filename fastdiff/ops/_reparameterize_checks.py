@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastdiff.ops._checks import FLOATS
 from fastdiff.ops.noise import as_seeds
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _check_counter(name: str, value: Any) -> int:
@@ -24,7 +23,7 @@ def _check_tensors(mu: Any, logvar: Any) -> None:
     for name, t in (("mu", mu), ("logvar", logvar)):
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"reparameterize: {name} must be a tensor, got {type(t).__name__}")
-    if mu.dtype not in _DTYPES:
+    if mu.dtype not in FLOATS:
         raise TypeError(
             f"reparameterize: mu must be float32, bfloat16, float16 or float64, got {mu.dtype}"
         )

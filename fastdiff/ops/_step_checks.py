@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from fastdiff.ops._checks import kind as kind
 from fastdiff.table import Needs, Packed, StepTable
 
 
@@ -24,6 +25,7 @@ class Step(NamedTuple):
     rows: torch.Tensor | None
     seeds: torch.Tensor | None
     guidance: float | torch.Tensor
+    scale: torch.Tensor | None
     clip: float | torch.Tensor | None
     out: torch.Tensor
     model_input: torch.Tensor | None
@@ -98,8 +100,15 @@ def weight(name: str, value: float | torch.Tensor, like: Like) -> float | torch.
     return value
 
 
-def kind(x: object) -> str:
-    return str(x.dtype) if isinstance(x, torch.Tensor) else type(x).__name__
+def factors(value: torch.Tensor, like: Like) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"reverse_step: scale must be a tensor, got {type(value).__name__}")
+    if value.shape != like.shape[:1]:
+        raise ValueError(
+            f"reverse_step: scale must have one factor a sample ({like.shape[0]},), "
+            f"got {tuple(value.shape)}"
+        )
+    return value.to(like.device, torch.float32).contiguous()
 
 
 def check_rows(rows: torch.Tensor, table: StepTable, like: Like) -> torch.Tensor:

@@ -20,6 +20,7 @@ def quick(
     row: int | torch.Tensor,
     uncond: torch.Tensor | None,
     guidance: float | torch.Tensor,
+    scale: torch.Tensor | None,
     clip: float | torch.Tensor | None,
     variance: torch.Tensor | None,
     y: torch.Tensor | None,
@@ -36,6 +37,7 @@ def quick(
     if not (
         _native.reads_tensors
         and type(row) is int
+        and scale is None
         and 0 <= row < len(table.needs)
         and forced() in ("auto", "cpu")
     ):
@@ -99,6 +101,7 @@ def run(step: Step) -> None:
         address(step.seeds),
         address(each_guidance),
         guidance if each_guidance is None else 1.0,
+        address(step.scale),
         address(each_clip),
         -1.0 if clip is None or each_clip is not None else clip,
         step.out.data_ptr(),

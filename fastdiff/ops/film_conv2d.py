@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fastdiff.ops._film_checks import check_tensor
+from fastdiff.ops._checks import check_tensor
 from fastdiff.ops.film_norm import film, film_norm
 
 
@@ -110,5 +110,4 @@ def _check(
                 raise ValueError(
                     f"film_conv2d: {name} must come with num_groups, got None of those"
                 )
-    if gate is not None:
-        check_tensor("film_conv2d", "gate", gate, x, (x.shape[0], weight.shape[0]))
+    check_tensor("film_conv2d", "gate", gate, x, (x.shape[0], weight.shape[0]))

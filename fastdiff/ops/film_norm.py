@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 from fastdiff.backends import Implementation, Op, choose, forced
 from fastdiff.ops import _native
+from fastdiff.ops._dispatch import Differentiable, values_only
 from fastdiff.ops._film_checks import FilmNorm, arrange, check
 from fastdiff.reference import film_norm as reference
 
@@ -112,18 +112,6 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     return d_x, None, d_weight, d_bias, d_scale, d_shift, None, d_residual, None, None
 
 
-class _Function(torch.autograd.Function):
-    """What `register_autograd` builds, without the dispatcher around it."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
-        output = _forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_backward)
-
-
 _LIBRARY: Any = torch.library.Library("fastdiff", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
     "film_norm(Tensor x, int groups, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift,"
@@ -137,32 +125,18 @@ torch.library.register_autograd(
     "fastdiff::film_norm", _backward, setup_context=_setup_context, lib=_LIBRARY
 )
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-
-
-class _Transformable(torch.autograd.Function):
-    """The same in the form that torch.func needs."""
-
-    forward = staticmethod(_forward)
-    setup_context = staticmethod(_setup_context)
-    backward = staticmethod(_backward)
+_WAYS = Differentiable(
+    torch.ops.fastdiff.film_norm.default, _forward, _setup_context, _backward, vmap=True
+)
 
 
 def _run(op: str, *inputs: Any) -> torch.Tensor:
     x, groups, weight, bias, scale, shift, act, residual, eps, _ = inputs
     tensors = (x, weight, bias, scale, shift, residual)
-    if torch.compiler.is_compiling():
-        check(op, x, groups, weight, bias, scale, shift, act, residual, eps)
-        return torch.ops.fastdiff.film_norm.default(*inputs)  # type: ignore[no-any-return]
-    # forward mode counts as wanted: the Functions refuse it, and no tangent is lost in silence
-    wants_grad = forward_ad._current_level >= 0 or (
-        torch.is_grad_enabled()
-        and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
-    )
-    traced = torch._C._len_torch_dispatch_stack() != 0
+    direct = values_only(tensors)
     if (
-        _native.reads_tensors
-        and not (wants_grad or traced)
+        direct
+        and _native.reads_tensors
         and type(groups) is int
         and (groups > 0 or op == "film")
         and forced() in ("auto", "cpu")
@@ -172,14 +146,7 @@ def _run(op: str, *inputs: Any) -> torch.Tensor:
         if done is not None:
             return done  # type: ignore[no-any-return]
     check(op, x, groups, weight, bias, scale, shift, act, residual, eps)
-    plain = all(t is None or type(t) in _PLAIN for t in tensors)
-    if traced or not plain or x.is_meta:
-        return torch.ops.fastdiff.film_norm.default(*inputs)  # type: ignore[no-any-return]
-    transformed = torch._C._are_functorch_transforms_active()
-    if not (wants_grad or transformed):
-        return _forward(*inputs)
-    function: Any = _Transformable if transformed else _Function
-    return function.apply(*inputs)  # type: ignore[no-any-return]
+    return _WAYS(tensors, inputs, direct)  # type: ignore[no-any-return]
 
 
 # --- the ops --------------------------------------------------------------------------------

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any, overload
 
 import torch
-from torch.autograd import forward_ad
 
 from fastdiff.backends import Implementation, Op, choose, forced
 from fastdiff.ops import _native
+from fastdiff.ops._dispatch import Differentiable, values_only
 from fastdiff.ops._modulate_checks import Modulate, arrange, check
 from fastdiff.reference import modulate as reference
 
@@ -131,31 +131,6 @@ def _backward(ctx: Any, grads: Any) -> tuple[Any, ...]:
     return d_x, d_scale, d_shift, None, d_weight, d_bias, d_residual, d_gate, None, None
 
 
-class _Function(torch.autograd.Function):
-    """What `register_autograd` builds, without the dispatcher around it."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, ...]:
-        output = tuple(_forward(*inputs))
-        _setup_context(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        return _backward(ctx, grads)
-
-
-class _Transformable(torch.autograd.Function):
-    """The same in the form that torch.func needs, which costs more a call."""
-
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[torch.Tensor, ...]:
-        return tuple(_forward(*inputs))
-
-    setup_context = staticmethod(_setup_context)
-    backward = _Function.backward
-
-
 _LIBRARY: Any = torch.library.Library("fastdiff", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
     "modulate(Tensor x, Tensor? scale, Tensor? shift, str? norm, Tensor? weight, Tensor? bias,"
@@ -167,37 +142,27 @@ torch.library.register_autograd(
     "fastdiff::modulate", _backward, setup_context=_setup_context, lib=_LIBRARY
 )
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_WAYS = Differentiable(
+    torch.ops.fastdiff.modulate.default,
+    lambda *inputs: tuple(_forward(*inputs)),
+    _setup_context,
+    lambda ctx, *grads: _backward(ctx, grads),
+    vmap=True,
+)
 
 
 def _run(op: str, *inputs: Any) -> Any:
     """The results that are wanted, in a list or tuple."""
     x, scale, shift, norm, weight, bias, residual, gate, eps, _ = inputs
-    if torch.compiler.is_compiling():
-        check(op, x, scale, shift, norm, weight, bias, residual, gate, eps)
-        return torch.ops.fastdiff.modulate.default(*inputs)
     tensors = (x, scale, shift, weight, bias, residual, gate)
-    # forward mode is refused by the Function: a tangent must not be lost in silence
-    differentiates = forward_ad._current_level >= 0 or (
-        torch.is_grad_enabled()
-        and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
-    )
-    traced = torch._C._len_torch_dispatch_stack() != 0
-    transformed = torch._C._are_functorch_transforms_active()
+    direct = values_only(tensors)
     # the checks in Python take longer than a small call; C++ takes what is plainly in order
-    plainly = not (differentiates or traced or transformed)
-    if plainly and _native.reads_tensors and forced() in ("auto", "cpu"):
+    if direct and _native.reads_tensors and forced() in ("auto", "cpu"):
         done = _native.extension.modulate(*inputs, None, None)
         if done is not None:
             return done
     check(op, x, scale, shift, norm, weight, bias, residual, gate, eps)
-    plain = all(t is None or type(t) in _PLAIN for t in tensors)
-    if traced or not plain or x.is_meta:
-        return torch.ops.fastdiff.modulate.default(*inputs)
-    if plainly:
-        return _forward(*inputs)
-    function: Any = _Transformable if transformed else _Function
-    return function.apply(*inputs)
+    return _WAYS(tensors, inputs, direct)
 
 
 # --- the ops --------------------------------------------------------------------------------

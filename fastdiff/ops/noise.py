@@ -32,6 +32,7 @@ class Stream(IntEnum):
     CHURN = 2
     REPARAMETERIZE = 3
     FORWARD = 4
+    BROWNIAN = 5
 
 
 class Draw(NamedTuple):

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.autograd import forward_ad
 
 from fastdiff.backends import Implementation, Op, choose, forced, use_backend
 from fastdiff.ops import _native
+from fastdiff.ops._dispatch import Differentiable, traced, values_only
 from fastdiff.ops._reparameterize_checks import check
 from fastdiff.ops.noise import Stream
 from fastdiff.reference import reparameterize as reference
@@ -209,19 +209,6 @@ _fake = torch.library.register_fake
 _fake("fastdiff::reparameterize", lambda mu, *_: _outputs(mu), lib=_LIBRARY)
 _fake("fastdiff::reparameterize_backward", lambda gz, gkl, mu, *_: _gradients(mu), lib=_LIBRARY)
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-
-
-def _eager(mu: torch.Tensor, logvar: torch.Tensor) -> bool:
-    """Whether nothing traces the call: then the dispatcher only costs time."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and type(mu) in _PLAIN
-        and type(logvar) in _PLAIN
-        and not mu.is_meta
-    )
-
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     mu, logvar, seeds, ctx.step, ctx.stream = inputs
@@ -241,7 +228,7 @@ def _backward_of(
     else:
         run: Any = torch.ops.fastdiff.reparameterize_backward.default
         with use_backend(ctx.backend):
-            grads = (_backward if _eager(mu, logvar) else run)(
+            grads = (run if traced((mu, logvar)) else _backward)(
                 grad_z, grad_kl, mu, logvar, seeds, ctx.step, ctx.stream
             )
     return (*grads, None, None, None)
@@ -269,26 +256,9 @@ def _differentiable(
     return grads[0].to(mu.dtype), grads[1].to(mu.dtype)
 
 
-class _Function(torch.autograd.Function):
-    """What `register_autograd` builds, without the dispatcher around it."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> _Pair:
-        output = _forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_backward_of)
-
-
-class _Transformable(torch.autograd.Function):
-    """The same in the form that torch.func needs, which costs 20 us more a call."""
-
-    forward = staticmethod(_forward)
-    setup_context = staticmethod(_setup_context)
-    backward = staticmethod(_backward_of)
-
-
+_WAYS = Differentiable(
+    torch.ops.fastdiff.reparameterize.default, _forward, _setup_context, _backward_of, vmap=False
+)
 torch.library.register_autograd(
     "fastdiff::reparameterize", _backward_of, setup_context=_setup_context, lib=_LIBRARY
 )
@@ -348,13 +318,6 @@ def reparameterize(
         BackendError: the forced backend cannot do it.
     """
     values, step, stream = check(mu, logvar, seeds, step, stream)
-    if not _eager(mu, logvar):
-        op: Any = torch.ops.fastdiff.reparameterize.default
-        return op(mu, logvar, values, step, stream)  # type: ignore[no-any-return]
-    transformed = torch._C._are_functorch_transforms_active()
-    wants_grad = torch.is_grad_enabled() and (mu.requires_grad or logvar.requires_grad)
-    # forward mode is refused by the Function: a tangent must not be lost in silence
-    if not (wants_grad or transformed or forward_ad._current_level >= 0):
-        return _forward(mu, logvar, values, step, stream)
-    function: Any = _Transformable if transformed else _Function
-    return function.apply(mu, logvar, values, step, stream)  # type: ignore[no-any-return]
+    tensors = (mu, logvar)
+    direct = values_only(tensors)
+    return _WAYS(tensors, (mu, logvar, values, step, stream), direct)  # type: ignore[no-any-return]

@@ -18,6 +18,7 @@ from fastdiff.ops._step_checks import (
     check_row,
     check_rows,
     check_seeds,
+    factors,
     in_place,
     joined,
     kind,
@@ -43,7 +44,7 @@ def _reference(step: Step) -> None:
         return float(t[i]) if isinstance(t, torch.Tensor) else t
 
     uniform = step.rows is None
-    per_sample = any(isinstance(t, torch.Tensor) for t in (step.guidance, step.clip))
+    per_sample = any(isinstance(t, torch.Tensor) for t in (step.guidance, step.scale, step.clip))
     groups = (
         [slice(0, len(x))]
         if uniform and not per_sample
@@ -58,7 +59,7 @@ def _reference(step: Step) -> None:
         guidance = one(step.guidance, g.start)
         assert guidance is not None
         clip = one(step.clip, g.start)
-        new_x, new_y, d = reference_row(
+        new_x, new_y, pushed = reference_row(
             row,
             info,
             x[g],
@@ -69,13 +70,14 @@ def _reference(step: Step) -> None:
             history=[] if step.history is None else [h[g] for h in step.history],
             seeds=seeds[g],
             guidance=guidance,
+            scale=one(step.scale, g.start),
             clip=None if clip is None or float(clip) < 0 else clip,
         )
         step.out[g] = new_x
         if new_y is not None and step.y is not None:
             step.y[g] = new_y
-        if d is not None and step.history is not None:
-            step.history[int(info[PUSH]), g] = d
+        if pushed is not None and step.history is not None:
+            step.history[int(info[PUSH]), g] = pushed
         if step.model_input is not None:
             step.model_input[g] = (float(row[C_IN]) * new_x).to(step.model_input.dtype)
 
@@ -166,6 +168,7 @@ def prepare(
     *,
     uncond: torch.Tensor | None = None,
     guidance: float | torch.Tensor = 1.0,
+    scale: torch.Tensor | None = None,
     clip: float | torch.Tensor | None = None,
     variance: torch.Tensor | None = None,
     y: torch.Tensor | None = None,
@@ -214,6 +217,8 @@ def prepare(
         seeds = check_seeds(seeds, like)
     if uncond is not None or isinstance(guidance, torch.Tensor):
         guidance = weight("guidance", guidance, like)
+    if scale is not None:
+        scale = factors(scale, like) if needs.output else None
     if clip is not None:
         clip = weight("clip", clip, like)
         if not isinstance(clip, torch.Tensor) and clip < 0:
@@ -245,6 +250,7 @@ def prepare(
         rows,
         seeds,
         guidance,
+        scale,
         clip,
         out,
         model_input,
@@ -260,6 +266,7 @@ def reverse_step(
     *,
     uncond: torch.Tensor | None = None,
     guidance: float | torch.Tensor = 1.0,
+    scale: torch.Tensor | None = None,
     clip: float | torch.Tensor | None = None,
     variance: torch.Tensor | None = None,
     y: torch.Tensor | None = None,
@@ -278,11 +285,12 @@ def reverse_step(
         row: index of the row, or (N,) int64 tensor with one a sample.
         uncond: (N, *S) unconditional model output, dtype of ``output``.
         guidance: weight w of ``uncond + w*(output - uncond)``, a number or (N,) float32.
+        scale: (N,) float32 factors of the guided output, from `guidance_rescale`; None: none.
         clip: bound of the converted prediction, a number or (N,) float32; None or a negative
             bound of a sample: no clipping.
         variance: (N, *S) the model's variance output, for rows with a learned variance.
         y: (N, *S) anchor state, float32, updated in place; for two-output rows.
-        history: (depth, N, *S) float32 ring of converted predictions, updated in place.
+        history: (depth, N, *S) float32 ring of what rows push, updated in place.
         seeds: (N,) int64 seeds on the CPU or the device of x, for rows that draw noise.
         out: written and returned if given; may be ``x``.
         model_input: (N, *S) float32, bfloat16 or float16, receives ``c_in * x'``.
@@ -302,6 +310,7 @@ def reverse_step(
             row,
             uncond,
             guidance,
+            scale,
             clip,
             variance,
             y,
@@ -319,6 +328,7 @@ def reverse_step(
         row,
         uncond=uncond,
         guidance=guidance,
+        scale=scale,
         clip=clip,
         variance=variance,
         y=y,

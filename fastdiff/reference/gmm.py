@@ -127,7 +127,8 @@ class GaussianMixture:
         z = z * self._spectrum[k].sqrt()
         if self._basis is not None:
             z = (self._basis[k] @ z.unsqueeze(-1)).squeeze(-1)
-        return self.means[k] + z
+        points: Tensor = self.means[k] + z
+        return points
 
     def network(
         self, schedule: Schedule, prediction: str = "epsilon"
@@ -188,7 +189,8 @@ class GaussianMixture:
         if self._basis is not None:
             each = (self._basis @ each.unsqueeze(-1)).squeeze(-1)
         weights = self._log_joint(away, total).softmax(-1)
-        return (weights.unsqueeze(-1) * each).sum(-2)
+        average: Tensor = (weights.unsqueeze(-1) * each).sum(-2)
+        return average
 
 
 def _column(scale: Scale, x: Tensor, extra: int) -> Tensor:
@@ -210,7 +212,8 @@ def elbo(mixture: GaussianMixture, x: Tensor, q: Tensor) -> Tensor:
         x: `(N, D)`. q: `(N, K)`, rows of sum 1.
     """
     joint = mixture._log_joint(*mixture._whitened(x, 1.0, 0.0))
-    return (q * joint - torch.special.xlogy(q, q)).sum(-1).mean()
+    bound: Tensor = (q * joint - torch.special.xlogy(q, q)).sum(-1).mean()
+    return bound
 
 
 def fit(
@@ -295,7 +298,8 @@ def _shape(scatter: Tensor, covariance: str, least: float) -> Tensor:
     """The best covariance of the asked form for a scatter `(K, D, D)`, at least `least`."""
     if covariance == "full":
         spectrum, basis = torch.linalg.eigh(scatter)
-        return basis * spectrum.clamp_min(least).unsqueeze(-2) @ basis.mT
+        raised: Tensor = basis * spectrum.clamp_min(least).unsqueeze(-2) @ basis.mT
+        return raised
     variances = scatter.diagonal(dim1=-2, dim2=-1)
     if covariance == "isotropic":
         variances = variances.mean(dim=-1)

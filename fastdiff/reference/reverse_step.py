@@ -81,6 +81,7 @@ def reference_row(
     history: list[torch.Tensor],
     seeds: np.ndarray,
     guidance: torch.Tensor | float,
+    scale: torch.Tensor | float | None = None,
     clip: torch.Tensor | float | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """One row in plain PyTorch, the definition of the arithmetic: x', y' and what is pushed.
@@ -98,6 +99,8 @@ def reference_row(
         if uncond is not None:
             terms["u"] = uncond.to(x.dtype)
             m = guide(m, terms["u"], guidance)
+        if scale is not None:
+            m = scale * m
         terms["m"] = m
         d = torch.zeros_like(x)
         for c, t in ((row[P], x), (row[Q], m)):

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 from fastdiff.schedules import SPACINGS, Grid, Schedule
 from fastdiff.solvers._checks import choice
 from fastdiff.solvers._walk import PREDICTIONS, Walk
+from fastdiff.solvers.adams import deis, gradient_estimation, ipndm, ipndm_v, lms
 from fastdiff.solvers.cfg_pp import (
     dpmpp_2m_cfg_pp,
     dpmpp_2s_ancestral_cfg_pp,
@@ -29,11 +30,17 @@ from fastdiff.solvers.cfg_pp import (
 from fastdiff.solvers.ddim import ddim
 from fastdiff.solvers.ddpm import ddpm
 from fastdiff.solvers.distilled import consistency, lcm, tcd
+from fastdiff.solvers.dpm_2 import dpm_2, dpm_2_ancestral, dpmpp_2s_ancestral
+from fastdiff.solvers.dpm_fast import dpm_fast
 from fastdiff.solvers.dpm_multistep import dpm_multistep, dpmpp_3m_sde, dpmpp_multistep
+from fastdiff.solvers.dpm_singlestep import dpm_singlestep, dpmpp_singlestep
 from fastdiff.solvers.dpmpp import dpmpp_2m, dpmpp_2m_sde
 from fastdiff.solvers.euler import euler, euler_ancestral
 from fastdiff.solvers.flow import flow_heun3, flow_midpoint, flow_rk4
 from fastdiff.solvers.heun import heun
+from fastdiff.solvers.pndm import plms, pndm
+from fastdiff.solvers.sa_solver import sa_solver
+from fastdiff.solvers.seeds import seeds_2, seeds_3
 from fastdiff.solvers.unipc import unipc
 from fastdiff.spacings import OPTIONS
 from fastdiff.table import StepTable
@@ -43,8 +50,12 @@ __all__ = ["PREDICTIONS", "SOLVERS", "build", "build_on"]
 _FAMILIES: tuple[tuple[Callable[..., StepTable], ...], ...] = (
     (ddpm, ddim),
     (euler, euler_ancestral, heun),
+    (dpm_2, dpm_2_ancestral, dpmpp_2s_ancestral),
     (dpmpp_2m, dpmpp_2m_sde, dpmpp_multistep, dpm_multistep, dpmpp_3m_sde),
-    (unipc,),
+    (dpmpp_singlestep, dpm_singlestep, dpm_fast),
+    (lms, plms, pndm, ipndm, ipndm_v, deis, gradient_estimation),
+    (unipc, sa_solver),
+    (seeds_2, seeds_3),
     (flow_midpoint, flow_heun3, flow_rk4),
     (lcm, tcd, consistency),
     (euler_cfg_pp, euler_ancestral_cfg_pp, dpmpp_2s_ancestral_cfg_pp),
@@ -127,19 +138,26 @@ def build_on(
     the last.
     """
     choice("solver", name, tuple(SOLVERS))
-    choice("prediction", prediction, PREDICTIONS)
     _check_options(name, options)
-    fit = [p for p in PREDICTIONS if _KINDS.get(p, schedule.kind) == schedule.kind]
-    where = f"on a {schedule.kind} schedule"
     _check_grid(grid)
-    if grid.alphas[0] == 0:  # pure noise; its noise says nothing of x0
+    check_prediction(prediction, schedule, float(grid.times[0]), float(grid.alphas[0]))
+    return SOLVERS[name](Walk(schedule, grid, prediction), **options)
+
+
+def check_prediction(
+    prediction: str, schedule: Schedule, time: float, alpha: float, where: str = "build"
+) -> None:
+    """Refuse what has no meaning on a schedule, or not at the first point of a table."""
+    choice("prediction", prediction, PREDICTIONS)
+    fit = [p for p in PREDICTIONS if _KINDS.get(p, schedule.kind) == schedule.kind]
+    on = f"on a {schedule.kind} schedule"
+    if alpha == 0:  # pure noise; its noise says nothing of x0
         fit.remove("epsilon")
-        where += f" whose alpha is 0 at time {grid.times[0]:g}"
+        on += f" whose alpha is 0 at time {time:g}"
     if prediction not in fit:
         raise ValueError(
-            f"build: prediction must be one of {', '.join(fit)} {where}, got {prediction!r}"
+            f"{where}: prediction must be one of {', '.join(fit)} {on}, got {prediction!r}"
         )
-    return SOLVERS[name](Walk(schedule, grid, prediction), **options)
 
 
 def _count(steps: Any) -> int:

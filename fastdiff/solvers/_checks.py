@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from numbers import Integral, Real
+import operator
+from numbers import Real
 
 
 def number(
@@ -38,9 +39,10 @@ def flag(name: str, value: object) -> bool:
 
 
 def whole(name: str, value: object, low: int, high: int) -> int:
-    """The option as an integer in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    """The option as an int in [low, high]."""
+    if isinstance(value, bool) or not hasattr(type(value), "__index__"):
         raise TypeError(f"build: {name} must be an integer, got {type(value).__name__}")
-    if not low <= value <= high:
-        raise ValueError(f"build: {name} must lie in [{low}, {high}], got {value}")
-    return int(value)
+    v = operator.index(value)  # type: ignore[arg-type]
+    if not low <= v <= high:
+        raise ValueError(f"build: {name} must be an integer in [{low}, {high}], got {v}")
+    return v

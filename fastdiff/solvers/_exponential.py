@@ -37,11 +37,7 @@ class Form(NamedTuple):
     keep: float
     c: float
     z: float
-
-    @property
-    def first(self) -> float:
-        """Weight of the prediction at the start."""
-        return self.c * math.expm1(self.z)
+    first: float  # weight of the prediction at the start, c W1
 
     def slope(self, solver_type: str) -> float:
         """Weight of its change over the step."""
@@ -59,9 +55,11 @@ def form_of(step: Step, noise_form: bool, eta: float) -> Form:
     """The form of a step of finite h."""
     h = step.h
     if noise_form:
-        return Form(step.next.alpha / step.now.alpha, -(1 + eta) * step.next.sigma, h)
-    decay = math.exp(-eta * h) if eta else 1.0
-    return Form(step.gain * decay, -step.next.alpha, -(1 + eta) * h)
+        keep, c = step.next.alpha / step.now.alpha, -(1 + eta) * step.next.sigma
+        # e^h by its own ratio where it is large: the rounding of h would be multiplied by it
+        return Form(keep, c, h, c * (math.expm1(h) if h < 1 else keep / step.gain - 1))
+    decay, z = math.exp(-eta * h) if eta else 1.0, -(1 + eta) * h
+    return Form(step.gain * decay, -step.next.alpha, z, -step.next.alpha * math.expm1(z))
 
 
 def fresh_noise(step: Step, noise_form: bool, eta: float) -> float:
@@ -80,7 +78,7 @@ def first_order(step: Step, noise_form: bool, eta: float) -> dict[str, float]:
         return {"x": step.gain * math.exp(-eta * h), "d": d}
     x = ancestral(step, 0.0)[0]  # where the two forms meet
     if noise_form and eta and step.next.sigma:
-        x = add_newest(x, step.now, True, -eta * step.next.sigma * math.expm1(step.h))
+        x = add_newest(x, step.now, True, eta / (1 + eta) * form_of(step, True, eta).first)
     return x
 
 

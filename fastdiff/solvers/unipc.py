@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
 from fastdiff.solvers._checks import choice, flag, number
-from fastdiff.solvers._phi import phi
+from fastdiff.solvers._phi import adams
 from fastdiff.solvers._walk import Step, Walk, epsilon
 from fastdiff.table import StepTable
 
 SOLVER_TYPES = ("bh1", "bh2")
+
+
+def reach(steps: list[Step], count: int) -> list[float]:
+    """Where the `count` predictions before the last step stand, in its own length: 0 is its start.
+
+    One at alpha = 0 stands at -inf.
+    """
+    h, far, nodes = steps[-1].h, 0.0, []
+    for step in reversed(steps[-1 - count : -1]):
+        far += step.h
+        nodes.append(-math.inf if math.isinf(far) else -far / h)
+    return nodes
 
 
 def _update(
@@ -20,33 +30,25 @@ def _update(
     """Weights of the last of `steps`: of the state before it and of the predictions.
 
     The predictions run from the newest: the one at the step's end (a corrector's alone), the one
-    at its start, and those before. A prediction from alpha = 0, infinitely far in log(alpha/sigma),
-    has no weight.
+    at its start, and those before.
     """
     step = steps[-1]
     now, then, h = step.now, step.next, step.h
     z = -h if predict_x0 else h
     scale = then.alpha if predict_x0 else then.sigma
     gain = step.gain if predict_x0 else then.alpha / now.alpha
-    far = np.cumsum([s.h for s in steps[-2 : -order - 1 : -1]])
-    nodes = [-f / h for f in far if math.isfinite(f)] + [1.0] * corrects
+    nodes = [1.0] * corrects + reach(steps, order - 1)
     # the paper rounds the single coefficient of UniP-2 and UniC-1 to 1/2, its value at h = 0
-    half = order == (1 if corrects else 2) and len(nodes) == 1
-    b = math.expm1(z) if solver_type == "bh2" else z
-    if half:
-        rho = [0.5]
-    else:
-        of = range(len(nodes))
-        right = [math.factorial(k + 1) * z * phi(k + 2, z) / b for k in of]
-        rho = list(np.linalg.solve([[r**k for r in nodes] for k in of], right)) if nodes else []
-    changes = [-scale * b * float(c) / r for c, r in zip(rho, nodes, strict=True)]
-    start = -scale * math.expm1(z) - math.fsum(changes)
+    is_half = order == (1 if corrects else 2)
+    half = (math.expm1(z) if solver_type == "bh2" else z) if is_half else None
+    weights = [-scale * w for w in adams(z, nodes, half)]
     if corrects:
-        return gain, [changes[-1], start, *changes[:-1]]
-    return gain, [start, *changes]
+        weights[:2] = weights[1::-1]
+    return gain, weights
 
 
-def _sum(*parts: tuple[float, dict[str, float]]) -> dict[str, float]:
+def combine(*parts: tuple[float, dict[str, float]]) -> dict[str, float]:
+    """A sum of rows of coefficients, each times a number."""
     total: dict[str, float] = {}
     for c, terms in parts:
         for k, v in terms.items():
@@ -103,14 +105,14 @@ def unipc(
         if i and corrects(i - 1):
             gain, weights = _update(steps[:i], before, solver_type, predict_x0, corrects=True)
             older = {f"h{k}": w for k, w in enumerate(weights[1:])}
-            base = _sum((gain, {"y": 1.0}), (weights[0], current), (1.0, older))
+            base = combine((gain, {"y": 1.0}), (weights[0], current), (1.0, older))
         if step.next.sigma == 0:
             walk.evaluate(step.now, {"d": step.next.alpha})
             break
         before = min(order, i + 1, len(steps) - i if falls else order)
         gain, weights = _update(steps[: i + 1], before, solver_type, predict_x0, corrects=False)
         older = {f"h{k}": w for k, w in enumerate(weights[1:])}
-        x = _sum((gain, base), (weights[0], current), (1.0, older))
+        x = combine((gain, base), (weights[0], current), (1.0, older))
         walk.evaluate(
             step.now, x, y=base if corrects(i) else None, push=True if predict_x0 else (e, f)
         )

@@ -1,0 +1,65 @@
+"""What more than one op asks of its arguments, in the same words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def kind(value: object) -> str:
+    """What an error says that it got: the dtype of a tensor, the class of anything else."""
+    return str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def check_input(op: str, x: object) -> None:
+    if not isinstance(x, torch.Tensor) or x.dtype not in FLOATS:
+        raise TypeError(
+            f"{op}: x must be a float32, bfloat16, float16 or float64 tensor, got {kind(x)}"
+        )
+
+
+def check_tensor(op: str, name: str, t: object, x: torch.Tensor, *shapes: tuple[int, ...]) -> None:
+    """A floating-point tensor of one of these shapes on the device of x; None passes."""
+    if t is None:
+        return
+    if not isinstance(t, torch.Tensor) or t.dtype not in FLOATS:
+        raise TypeError(f"{op}: {name} must be a floating-point tensor, got {kind(t)}")
+    if tuple(t.shape) not in shapes:
+        rule = " or ".join(map(str, dict.fromkeys(shapes)))
+        raise ValueError(f"{op}: {name} must have shape {rule}, got {tuple(t.shape)}")
+    if t.device != x.device:
+        raise ValueError(f"{op}: {name} must be on the device of x {x.device}, got {t.device}")
+
+
+def check_residual(op: str, residual: torch.Tensor | None, x: torch.Tensor) -> None:
+    """Of the shape and dtype of x, or None."""
+    check_tensor(op, "residual", residual, x, tuple(x.shape))
+    if residual is not None and residual.dtype != x.dtype:
+        raise TypeError(f"{op}: residual must have the dtype of x {x.dtype}, got {residual.dtype}")
+
+
+def check_eps(op: str, eps: object) -> None:
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f"{op}: eps must be a number, got {type(eps).__name__}")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"{op}: eps must be finite and not negative, got {eps}")
+
+
+def check_choice(op: str, name: str, value: object, choices: Collection[object]) -> None:
+    if value not in choices:
+        names = ", ".join(map(repr, choices))
+        raise ValueError(f"{op}: {name} must be one of {names}, got {value!r}")
+
+
+def one_dtype(*group: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """All in one dtype that holds each, entries of the last axis side by side."""
+    found = [t.dtype for t in group if t is not None]
+    wide = found[0] if found else torch.float32
+    for dtype in found[1:]:
+        wide = torch.promote_types(wide, dtype)
+    converted = (t if t is None else t.to(wide) for t in group)
+    return [t if t is None or t.stride(-1) == 1 else t.contiguous() for t in converted]

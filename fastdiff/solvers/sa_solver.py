@@ -1,0 +1,130 @@
+"""SA-Solver: stochastic Adams predictor and corrector."""
+
+from __future__ import annotations
+
+import math
+
+from fastdiff.solvers._checks import flag, number
+from fastdiff.solvers._phi import adams
+from fastdiff.solvers._walk import STEP, Step, Walk
+from fastdiff.solvers.unipc import combine, reach
+from fastdiff.table import StepTable
+
+# where tau is not 0 by default, as times of the kind: the authors' choice
+INTERVALS = {"discrete": (0.8, 0.2), "flow": (0.8, 0.2), "edm": (1.0, 0.05)}
+
+
+def _update(
+    steps: list[Step], count: int, tau: float, s_noise: float, simple: bool, *, corrects: bool
+) -> tuple[float, list[float], float]:
+    """Weights of the last of `steps`: of the state, of the predictions from the newest, of noise.
+
+    Equations 14 and 17 for a tau that is constant over the step; `count` predictions.
+    """
+    step = steps[-1]
+    h, z = step.h, -(1 + tau**2) * step.h
+    nodes = [1.0] * corrects + reach(steps, count - 1 - corrects)
+    half = z if simple and math.isfinite(z) else None
+    weights = [-step.next.alpha * w for w in adams(z, nodes, half)]
+    if corrects:
+        weights[:2] = weights[1::-1]
+    gain = step.gain * (math.exp(-(tau**2) * h) if tau else 1.0)
+    up = s_noise * step.next.sigma * math.sqrt(-math.expm1(-2 * tau**2 * h)) if tau else 0.0
+    return gain, weights, up
+
+
+def _interval(walk: Walk, start: float | None, end: float | None) -> tuple[float, float]:
+    high, low = INTERVALS[walk.schedule.kind]
+    if walk.schedule.kind == "discrete":  # of T times
+        count = walk.schedule.t_max + 1
+        high, low = high * count, low * count
+    high = high if start is None else number("tau_start", start, 0.0)
+    low = low if end is None else number("tau_end", end, 0.0)
+    if high < low:
+        raise ValueError(f"build: tau_start of sa_solver must be at least tau_end, got {high}")
+    return high, low
+
+
+def sa_solver(
+    walk: Walk,
+    *,
+    predictor_order: int = 3,
+    corrector_order: int = 4,
+    tau: float = 1.0,
+    tau_start: float | None = None,
+    tau_end: float | None = None,
+    s_noise: float = 1.0,
+    simple_order_2: bool = False,
+    pece: bool = False,
+    lower_order_final: bool = True,
+) -> StepTable:
+    """Xue et al. 2023 (arXiv:2309.05019), algorithm 1, in its x0 form.
+
+    One evaluation a step (PEC) or two (PECE), one draw a step where tau is not 0; the corrector
+    draws the predictor's noise again. Up to three predictions and the last corrected state kept.
+    The order is min(predictor_order + 1, corrector_order), without a corrector predictor_order, and
+    at most 2 with noise (weak, measured on Gaussian data), from alpha = 0, or where a last step is
+    of order 1; these limits may show only at hundreds of steps. The step to clean data returns the
+    x0 prediction, and `lower_order_final` counts to the step before it. Other names:
+    SASolverScheduler, sa_solver, sa_solver_pece.
+
+    Args:
+        predictor_order: predictions the predictor uses, 1 to 3.
+        corrector_order: predictions the corrector uses with the newest, 2 to 4; 0 for no corrector.
+        tau: stochasticity within the interval, at least 0; outside it the step is the ODE's.
+        tau_start, tau_end: times of the schedule, the noisier first, between which a step that
+            begins there has tau; None for 0.8 and 0.2 of all times, on EDM schedules 1 and 0.05.
+        s_noise: scale of the noise.
+        simple_order_2: round the one coefficient of two predictions to its value for h = 0
+            (appendix D, for few steps), as diffusers does.
+        pece: evaluate the corrected state too.
+        lower_order_final: let the orders fall over the last steps.
+    """
+    for name, value, allowed in (
+        ("predictor_order", predictor_order, (1, 2, 3)),
+        ("corrector_order", corrector_order, (0, 2, 3, 4)),
+    ):
+        if isinstance(value, bool) or value not in allowed:
+            raise ValueError(f"build: {name} of sa_solver must be one of {allowed}, got {value!r}")
+    tau, s_noise = number("tau", tau, 0.0), number("s_noise", s_noise, 0.0)
+    simple, twice = flag("simple_order_2", simple_order_2), flag("pece", pece)
+    falls = flag("lower_order_final", lower_order_final)
+    high, low = _interval(walk, tau_start, tau_end)
+    steps = list(walk)
+    dirty = len(steps) - (steps[-1].next.sigma == 0)  # steps that do not end at clean data
+
+    def update(i: int, corrects: bool) -> tuple[float, list[float], float]:
+        order, seen = (corrector_order, i + 2) if corrects else (predictor_order, i + 1)
+        if falls:
+            order = min(order, dirty - i + corrects)
+        strength = tau if low <= steps[i].now.time <= high else 0.0
+        count = min(order, seen)
+        return _update(steps[: i + 1], count, strength, s_noise, simple, corrects=corrects)
+
+    base, drawn = {"x": 1.0}, 0
+    for i, step in enumerate(steps):
+        again: tuple[tuple[int, int], ...] = ()
+        if i and corrector_order:
+            gain, weights, up = update(i - 1, corrects=True)
+            terms = {f"h{k}": w for k, w in enumerate(weights[1:])} | {"d": weights[0]}
+            base = {"y": gain, **terms}
+            if up:
+                base["n1"], again = up, ((STEP, drawn),)
+            if twice:
+                walk.evaluate(step.now, base, draws=again)
+                base, again = {"x": 1.0}, ()
+        if i == dirty:
+            walk.evaluate(step.now, {"d": step.next.alpha})
+            break
+        gain, weights, up = update(i, corrects=False)
+        older = {f"h{k}": w for k, w in enumerate(weights[1:])}
+        x = combine((gain, base), (weights[0], {"d": 1.0}), (1.0, older))
+        drawn = len(walk.rows)
+        if up:
+            x[f"n{len(again) + 1}"] = up
+            again = (*again, (STEP, drawn))
+        needed = corrector_order and i + 1 < len(steps)
+        walk.evaluate(step.now, x, y=base if needed else None, draws=again, push=True)
+    full = min(predictor_order + 1, corrector_order) if corrector_order else predictor_order
+    limited = falls or steps[0].now.alpha == 0 or any(row.draws for row in walk.rows)
+    return walk.table("sa_solver", min(full, 2) if limited else full)
