@@ -73,6 +73,7 @@ def _provenance(row: dict[str, Any]) -> str:
 
 BENCHMARKS = (
     "reverse_step.json",
+    "guidance_rescale.json",
     "noise.json",
     "reparameterize.json",
     "film_norm.json",

@@ -123,6 +123,15 @@ void reverse_step(Address x, Address output, Address uncond, Address variance,
   active->reverse_step(args);
 }
 
+void guidance_rescale(Address output, Address uncond, int dtype, int64_t output_stride,
+                      int64_t uncond_stride, int64_t samples, int64_t size, Address guidance,
+                      Address phi, Address out) {
+  const FdRescaleArgs args{at<void>(output), at<void>(uncond), dtype, output_stride, uncond_stride,
+                           samples, size, at<float>(guidance), at<float>(phi), at<float>(out)};
+  nb::gil_scoped_release release;
+  active->guidance_rescale(args);
+}
+
 fd::TensorClass tensors;
 PyObject* empty_like = nullptr;
 
@@ -229,6 +238,7 @@ NB_MODULE(_cpu, m) {
   m.def("noise", &noise);
   m.def("brownian", &brownian);
   m.def("reverse_step", &reverse_step);
+  m.def("guidance_rescale", &guidance_rescale);
   m.def("use_torch", &use_torch);
   m.def("quick_step", &quick_step, nb::arg("x").none(), nb::arg("output").none(),
         nb::arg("uncond").none(), nb::arg("variance").none(), nb::arg("y").none(),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastdiff._guidance import Guidance, RowGuidance, Weights, check_number
 from fastdiff.ops.noise import Stream, as_seeds, randn
 from fastdiff.ops.reverse_step import reverse_step
 from fastdiff.path_noise import PathNoise
@@ -17,6 +17,17 @@ from fastdiff.solvers._walk import Point, x0_conversion
 from fastdiff.table import StepTable
 
 Model = Callable[..., Tensor]
+
+
+class _Evaluated(NamedTuple):
+    """What a model call gave, and what was made of it."""
+
+    before: Tensor
+    output: Tensor
+    uncond: Tensor | None
+    weight: float | Tensor
+    scale: Tensor | None
+    clip: float | Tensor | None
 
 
 class SampleStep:
@@ -34,8 +45,7 @@ class SampleStep:
         table: StepTable,
         index: int,
         x: Tensor,
-        evaluated: tuple[Tensor, Tensor, Tensor | None, float | Tensor, float | Tensor | None]
-        | None,
+        evaluated: _Evaluated | None,
     ) -> None:
         row = table.rows[index]
         self.index, self.time, self.sigma, self.x = index, row.time, row.sigma, x
@@ -47,11 +57,13 @@ class SampleStep:
         model call."""
         if self._evaluated is None:
             return None
-        before, output, uncond, weight, clip = self._evaluated
+        before, output, uncond, weight, scale, clip = self._evaluated
         row = self._table.rows[self.index]
         m = output.to(before.dtype)
         if uncond is not None:
             m = guide(m, uncond.to(before.dtype), _column(weight, m))
+        if scale is not None:
+            m = _column(scale, m) * m
         at = Point(row.time, row.alpha, row.sigma)
         p, q = x0_conversion(self._table.prediction, at, self._table.sigma_data)
         x0 = p * before + q * m
@@ -78,8 +90,18 @@ class Sampler:
             the schedule counts time; returns (N, *S), or (N, 2C, ...) where it also predicts a
             variance, which a table of learned variance reads and any other drops.
         table: from ``solvers.build``.
-        guidance: weight w of classifier-free guidance ``u + w (c - u)`` (Ho and Salimans 2022),
-            a number or (N,) tensor; None: the conditional output alone.
+        guidance: weight w of classifier-free guidance ``u + w (c - u)`` (Ho and Salimans 2022,
+            arXiv:2207.12598): a number, an (N,) tensor, a list or tuple of these with one a row,
+            or a function of (index of the row, its sigma / alpha) that returns one; None: the
+            conditional output alone. A row of weight 1 calls the model once.
+        guidance_interval: (low, high): the weight is 1 but where low < sigma / alpha <= high
+            (Kynkaanniemi et al. 2024, arXiv:2404.07724); None: everywhere.
+        guidance_rescale: phi in [0, 1] of rescaled guidance, a number or (N,) tensor: the guided
+            output is multiplied by ``phi std(c) / std(guided) + 1 - phi``, deviations over a
+            sample (Lin et al. 2023, arXiv:2305.08891, section 3.4); None: not.
+        guide_model: gives the unconditional output in place of ``model``, called like it with
+            ``uncond``, or ``cond`` where that is not given: autoguidance, by a smaller or less
+            trained model (Karras et al. 2024, arXiv:2406.02507).
         clip: bound of the converted prediction, a number or (N,) tensor; None: no clipping.
         noise: "counter" draws each row's noise anew; "brownian" takes it from one path a seed
             (`fastdiff.path_noise`), so that the picture stays the same when the steps change.
@@ -98,7 +120,10 @@ class Sampler:
         model: Model,
         table: StepTable,
         *,
-        guidance: float | Tensor | None = None,
+        guidance: Weights = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_rescale: float | Tensor | None = None,
+        guide_model: Model | None = None,
         clip: float | Tensor | None = None,
         noise: str = "counter",
         mode: str = "eager",
@@ -110,18 +135,27 @@ class Sampler:
             raise TypeError(f"Sampler: model must be callable, got {type(model).__name__}")
         if not isinstance(table, StepTable):
             raise TypeError(f"Sampler: table must be a StepTable, got {type(table).__name__}")
+        if len(table.starts) > 1:
+            raise ValueError(
+                f"Sampler: table must be one solver's, got {len(table.starts)} joined ones"
+            )
         if mode != "eager":
             raise ValueError(f"Sampler: mode must be 'eager', got {mode!r}")
         if noise not in ("counter", "brownian"):
             raise ValueError(f"Sampler: noise must be 'counter' or 'brownian', got {noise!r}")
         self._path = PathNoise(table) if noise == "brownian" else None
-        _check_number("guidance", guidance)
-        _check_number("clip", clip)
+        if not (guide_model is None or callable(guide_model)):
+            raise TypeError(
+                f"Sampler: guide_model must be callable, got {type(guide_model).__name__}"
+            )
+        check_number("clip", clip)
         if isinstance(clip, (int, float)) and clip < 0:
             raise ValueError(f"Sampler: clip must not be negative, got {clip}")
         first = _first_parameter(model)
         self.model, self.table, self.batched = model, table, batched
         self.guidance, self.clip = guidance, clip
+        self.guide_model = guide_model
+        self._guidance = Guidance(table, guidance, guidance_interval, guidance_rescale)
         self.dtype = dtype or (first.dtype if first is not None else torch.float32)
         if device is None and first is not None:
             device = first.device
@@ -190,9 +224,15 @@ class Sampler:
     ) -> Iterator[SampleStep]:
         table = self.table
         cond, uncond = dict(cond or {}), dict(uncond or {})
-        guided = self._guided(uncond)
+        if self.guide_model is not None:
+            uncond = uncond or cond
         x, seed_tensor = self._start(shape, noise, seeds, cond)
         n, device = len(x), x.device
+        guidance = self._guidance.rows(device)
+        if not uncond and self.guide_model is None and any(g.calls for g in guidance):
+            raise ValueError(
+                f"Sampler: uncond must be given for guidance {self.guidance}, got nothing"
+            )
         cond, uncond = _on_device(cond, n, device), _on_device(uncond, n, device)
         times = torch.tensor(table.times, dtype=torch.float32, device=device)
         history = _slots(table.depth, x)
@@ -204,16 +244,17 @@ class Sampler:
         model_input = torch.empty_like(x, dtype=self.dtype) if separate else None
         if model_input is not None:
             model_input.copy_(first_scale * x)
-        weight = 1.0 if self.guidance is None else self.guidance
         for i, row in enumerate(table.rows):
-            output = other = variance = None
+            output = other = variance = scale = None
             if row.evaluates:
                 given = x if model_input is None else model_input
                 with torch.no_grad():
-                    output, other = self._evaluate(given, times[i], cond, uncond, guided)
-                if _has_variance(output, x):
-                    output, variance = output.chunk(2, dim=1)
-                    other = None if other is None else other.chunk(2, dim=1)[0]
+                    output, other = self._evaluate(given, times[i], cond, uncond, guidance[i])
+                    if _has_variance(output, x):
+                        output, variance = output.chunk(2, dim=1)
+                    if other is not None and _has_variance(other, x):
+                        other = other.chunk(2, dim=1)[0]
+                    scale = guidance[i].scale(output, other)
             before = x
             x = reverse_step(
                 before,
@@ -221,7 +262,8 @@ class Sampler:
                 table if self._path is None else self._path.table,
                 i,
                 uncond=other,
-                guidance=weight,
+                guidance=guidance[i].weight,
+                scale=scale,
                 clip=self.clip,
                 variance=variance,
                 y=y,
@@ -233,20 +275,10 @@ class Sampler:
             if self._path is not None:
                 self._path.add(i, x, y, seed_tensor, model_input)
             spare = before
-            evaluated = None if output is None else (before, output, other, weight, self.clip)
+            evaluated = None
+            if output is not None:
+                evaluated = _Evaluated(before, output, other, guidance[i].weight, scale, self.clip)
             yield SampleStep(table, i, x, evaluated)
-
-    def _guided(self, uncond: Mapping[str, Any]) -> bool:
-        reads = any(need.uncond for need in self.table.needs)
-        needed = reads or (
-            self.guidance is not None
-            and (isinstance(self.guidance, Tensor) or self.guidance != 1.0)
-        )
-        if needed and not uncond:
-            raise ValueError(
-                f"Sampler: uncond must be given for guidance {self.guidance}, got nothing"
-            )
-        return needed
 
     def _start(
         self,
@@ -283,15 +315,15 @@ class Sampler:
         time: Tensor,
         cond: Mapping[str, Any],
         uncond: Mapping[str, Any],
-        guided: bool,
+        guidance: RowGuidance,
     ) -> tuple[Tensor, Tensor | None]:
         """The conditional and, for guidance, the unconditional output."""
         n = len(x)
-        if not guided:
+        if not guidance.calls:
             return self.model(x, time.expand(n), **cond), None
-        if not self.batched:
-            t = time.expand(n)
-            return self.model(x, t, **cond), self.model(x, t, **uncond)
+        if self.guide_model is not None or not self.batched:
+            t, second = time.expand(n), self.guide_model or self.model
+            return self.model(x, t, **cond), second(x, t, **uncond)
         both = {
             k: torch.cat([v, uncond[k]]) if isinstance(v, Tensor) and v.dim() > 0 else v
             for k, v in cond.items()
@@ -308,15 +340,6 @@ def _first_parameter(model: Model) -> Tensor | None:
     if not isinstance(model, torch.nn.Module):
         return None
     return next((p for p in model.parameters() if p.is_floating_point()), None)
-
-
-def _check_number(name: str, value: float | Tensor | None) -> None:
-    if value is None or isinstance(value, Tensor):
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"Sampler: {name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"Sampler: {name} must be finite, got {value}")
 
 
 def _on_device(kwargs: Mapping[str, Any], n: int, device: torch.device) -> dict[str, Any]:

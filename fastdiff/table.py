@@ -14,7 +14,8 @@ can draw the same noise again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -101,6 +102,8 @@ class StepTable:
         init_sigma: standard deviation of the initial state (dimensionless).
         order: stated order of convergence.
         sigma_data: standard deviation of the data, for the "edm" prediction.
+        starts: rows at which a table begins, more than one where tables were joined: history and
+            anchor of what stood before are not seen from there.
         floats: (rows, ROW_FLOATS) float64, history by memory slot; read-only.
         ints: (rows, ROW_INTS) int32; read-only.
 
@@ -114,6 +117,7 @@ class StepTable:
     init_sigma: float = 1.0
     order: int = 1
     sigma_data: float = 0.5
+    starts: tuple[int, ...] = (0,)
     floats: np.ndarray = field(init=False, repr=False, compare=False)
     ints: np.ndarray = field(init=False, repr=False, compare=False)
     needs: tuple[Needs, ...] = field(init=False, repr=False, compare=False)
@@ -130,25 +134,19 @@ class StepTable:
             raise ValueError(
                 f"StepTable: init_sigma must be finite and not negative, got {self.init_sigma}"
             )
-        depth = max((_age(k) + 1 for row in rows for k in _used(row) if k[0] == "h"), default=0)
         floats = np.zeros((len(rows), ROW_FLOATS))
         ints = np.zeros((len(rows), ROW_INTS), dtype=np.int32)
-        pushed, anchored = 0, False
-        push_row: list[int] = []
-        read: set[int] = set()
-        for i, row in enumerate(rows):
-            _check(self.name, i, row, pushed, anchored)
-            _write(floats[i], ints[i], row, pushed, depth)
-            read.update(pushed - 1 - _age(k) for k in _used(row) if k[0] == "h")
-            if row.push:
-                push_row.append(i)
-                pushed += 1
-            anchored |= row.y is not None
-        # the kernel writes the input of the model call that follows
-        floats[:, C_IN] = [row.c_in for row in rows[1:]] + [1.0]
-        for k, i in enumerate(push_row):
-            if k not in read:  # nobody reads it: spare the write
-                ints[i, PUSH], floats[i, PUSH_X : PUSH_D + 1] = -1, 0.0
+        starts = tuple(self.starts)
+        if starts[:1] != (0,) or any(a >= b for a, b in itertools.pairwise((*starts, len(rows)))):
+            raise ValueError(
+                f"StepTable: starts must rise from 0 to below {len(rows)}, got {starts}"
+            )
+        needs: list[Needs] = []
+        depth = 0
+        for begin, end in itertools.pairwise((*starts, len(rows))):
+            mine = _lay(self.name, rows, begin, end, floats, ints)
+            depth = max(depth, mine)
+            needs += (_needs(rows[i], mine, int(ints[i, PUSH])) for i in range(begin, end))
         fits = np.abs(floats) <= np.finfo(np.float32).max  # NaN does not
         if not fits.all():
             bad = int(np.argwhere(~fits)[0, 0])
@@ -162,12 +160,7 @@ class StepTable:
             ("floats", floats),
             ("ints", ints),
             ("depth", depth),
-            (
-                "needs",
-                tuple(
-                    _needs(row, depth, int(p)) for row, p in zip(rows, ints[:, PUSH], strict=True)
-                ),
-            ),
+            ("needs", tuple(needs)),
         ):
             object.__setattr__(self, key, value)
 
@@ -293,6 +286,65 @@ class StepTable:
                 *(torch.cat(both) for both in zip(plain, clipped, strict=True))
             )
         return found
+
+
+def join(tables: Sequence[StepTable]) -> tuple[StepTable, tuple[int, ...]]:
+    """Several tables as one, so that a batch may mix requests that run different ones.
+
+    Sample i of `ops.reverse_step` stands at row ``offsets[k] + r`` where it runs row r of table k,
+    and has the bits that it has alone. The joined table starts no sampling of its own: its
+    ``init_sigma`` is 1, take that of each table.
+
+    Args:
+        tables: of one prediction and one sigma_data, since they share a model; any solvers,
+            schedules and numbers of rows.
+
+    Returns:
+        the table, and the offset of each of ``tables``.
+
+    Raises:
+        ValueError: no tables, or tables of more than one kind of prediction.
+    """
+    if not tables:
+        raise ValueError("join: tables must not be empty, got none")
+    kinds = {(t.prediction, t.sigma_data) for t in tables}
+    if len(kinds) > 1:
+        raise ValueError(f"join: tables must have one prediction and sigma_data, got {kinds}")
+    offsets = tuple(itertools.accumulate((len(t) for t in tables[:-1]), initial=0))
+    whole = StepTable(
+        "joined",
+        tuple(row for t in tables for row in t.rows),
+        prediction=tables[0].prediction,
+        order=min(t.order for t in tables),
+        sigma_data=tables[0].sigma_data,
+        starts=tuple(o + s for o, t in zip(offsets, tables, strict=True) for s in t.starts),
+    )
+    return whole, offsets
+
+
+def _lay(
+    name: str, rows: tuple[Row, ...], begin: int, end: int, floats: np.ndarray, ints: np.ndarray
+) -> int:
+    """Check and write rows [begin, end), one table; returns the history slots that it needs."""
+    part = rows[begin:end]
+    depth = max((_age(k) + 1 for row in part for k in _used(row) if k[0] == "h"), default=0)
+    pushed, anchored = 0, False
+    push_row: list[int] = []
+    read: set[int] = set()
+    for i, row in enumerate(part, begin):
+        _check(name, i, row, pushed, anchored)
+        _write(floats[i], ints[i], row, pushed, depth)
+        read.update(pushed - 1 - _age(k) for k in _used(row) if k[0] == "h")
+        if row.push:
+            push_row.append(i)
+            pushed += 1
+        anchored |= row.y is not None
+    # the kernel writes the input of the model call that follows
+    floats[begin:end, C_IN] = [row.c_in for row in part[1:]] + [1.0]
+    for k, i in enumerate(push_row):
+        if k not in read:  # nobody reads it: spare the write
+            ints[i, PUSH], floats[i, PUSH_X : PUSH_D + 1] = -1, 0.0
+    return depth
 
 
 def _age(term: str) -> int:

@@ -2,6 +2,7 @@
 // over to the next one. Slow and exact; for the tests, on machines without a CUDA device.
 #pragma once
 
+#include <math.h>
 #include <ucontext.h>
 
 #include <cstdint>

@@ -16,6 +16,7 @@ brownian_op = importlib.import_module("fastdiff.ops.brownian")
 noise_op = importlib.import_module("fastdiff.ops.noise")
 step_op = importlib.import_module("fastdiff.ops.reverse_step")
 vae_op = importlib.import_module("fastdiff.ops.reparameterize")
+rescale_op = importlib.import_module("fastdiff.ops.guidance_rescale")
 modulate_op = importlib.import_module("fastdiff.ops.modulate")
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -100,6 +101,11 @@ def _modulate(dtype: torch.dtype, *, added: bool = True, channels: int = 1152) -
     return modulate_op.prepare(x, scale, shift, **more)
 
 
+def _rescale(dtype: torch.dtype) -> Any:
+    output = torch.empty(_SHAPE, dtype=dtype)
+    return rescale_op.prepare(output, output.clone(), 3.0, 0.7)
+
+
 # name: (op, its checked arguments)
 CASES: dict[str, tuple[str, Callable[[], Any]]] = {
     "noise f32": ("noise", lambda: _noise(F32)),
@@ -130,6 +136,10 @@ CASES: dict[str, tuple[str, Callable[[], Any]]] = {
     "modulate bf16 long": ("modulate", lambda: _modulate(BF16, channels=16384)),
 }
 EXACT = tuple(CASES)  # what is promised as bits: no contraction, no approximation
+CASES |= {
+    "guidance_rescale f32": ("guidance_rescale", lambda: _rescale(F32)),
+    "guidance_rescale bf16": ("guidance_rescale", lambda: _rescale(BF16)),
+}
 CASES |= {f"film_norm {name}": ("film_norm", make) for name, make in film_cases.COMPILED.items()}
 # cases with a bfloat16 tensor among their outputs
 STORES_BF16 = {

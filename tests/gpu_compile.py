@@ -98,6 +98,7 @@ _MODULES = {
     "reparameterize_backward": "reparameterize",
     "film_norm": "film_norm",
     "modulate": "modulate",
+    "guidance_rescale": "guidance_rescale",
 }
 Launched = tuple[Any, tuple[Any, ...], dict[str, Any]]  # kernel, arguments, keywords
 

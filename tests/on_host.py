@@ -25,6 +25,7 @@ KERNELS = {
     ),
     "reparameterize.cu": ("reparameterize", "reparameterize_sum", "reparameterize_backward"),
     "modulate.cu": ("modulate",),
+    "guidance_rescale.cu": ("guidance_rescale", "guidance_rescale_sum"),
 }
 
 

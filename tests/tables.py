@@ -128,7 +128,7 @@ def random_inputs(
     guidance: float | torch.Tensor = 2.5,
     clip: float | torch.Tensor | None = None,
 ) -> Inputs:
-    """Inputs for a batch of ``shape``; model tensors in ``dtype``, a scale with weights a sample."""
+    """Inputs for a batch of ``shape``; weights that differ by sample bring a scale."""
 
     def normal(kind: torch.dtype) -> torch.Tensor:
         t = torch.from_numpy(rng.standard_normal(shape)).to(kind)

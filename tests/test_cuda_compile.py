@@ -60,6 +60,18 @@ def test_compiles_to_exact_arithmetic(case: str, arch: str, table: dict[str, Any
             assert kernel.listed(table["cuda"]), f"{what}: run {table['command']}"
 
 
+@pytest.mark.parametrize("arch", CUDA_ARCHS)
+@pytest.mark.parametrize("case", ("guidance_rescale f32", "guidance_rescale bf16"))
+def test_sums_compile_without_spills(case: str, arch: str, table: dict[str, Any]) -> None:
+    found = gpu_compile.compile_cuda(case, arch)
+    assert [k.kernel for k in found] == ["guidance_rescale", "guidance_rescale_sum"]
+    for kernel in found:
+        what = f"{kernel.case} {kernel.kernel} {kernel.arch}"
+        assert kernel.spills == 0 and kernel.registers <= 128, what
+        if table["versions"]["nvrtc"] == gpu_compile.versions()["nvrtc"]:
+            assert kernel.listed(table["cuda"]), f"{what}: run {table['command']}"
+
+
 @pytest.mark.skipif(NVCC is None, reason="no nvcc on the path")
 @pytest.mark.parametrize(
     "case",

@@ -16,7 +16,8 @@ from tables import random_inputs, random_table, walk
 
 from fastdiff import randn, use_backend
 from fastdiff.backends import Implementation, unavailable
-from fastdiff.ops import OPS, _native, reparameterize, reverse_step
+from fastdiff.ops import OPS, _native, guidance_rescale, reparameterize, reverse_step
+from fastdiff.reference.guidance_rescale import guidance_rescale as exact_rescale
 from fastdiff.reference.reparameterize import reparameterize as exact_reparameterize
 
 pytestmark = [
@@ -133,6 +134,20 @@ def test_reverse_step(
         got = walk(table, inputs, in_place=in_place)
         for name in expected:
             assert_same_bits(got[name], expected[name], name)
+
+
+@pytest.mark.parametrize("n", (1, 1025, 2**20 + 3), ids=lambda n: f"n{n}")
+@pytest.mark.parametrize("dtype", (F32, BF16, F16), ids=str)
+def test_guidance_rescale(backend: str, dtype: torch.dtype, n: int) -> None:
+    rng = np.random.default_rng(n)
+    c, u = (torch.from_numpy(rng.normal(3.0, 1.0, (3, n))).to(dtype) for _ in "cu")
+    with use_backend("reference"):
+        expected = guidance_rescale(c, u, WEIGHTS, 0.7)
+    with use_backend(backend):
+        got = guidance_rescale(c.cuda(), u.cuda(), WEIGHTS.cuda(), 0.7)
+    exact = exact_rescale(c.double(), u.double(), WEIGHTS, 0.7)
+    # float32 sums of 16 elements in a thread and of 256 threads in a block, all terms positive
+    assert_within_budget(got, expected, exact, ulps=16)
 
 
 @pytest.mark.parametrize("dtype", (F32, BF16), ids=str)

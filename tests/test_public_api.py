@@ -25,8 +25,8 @@ PUBLIC = {
     ),
     "fastdiff.ops": (
         "COMPOSED", "OPS", "Stream", "as_seeds", "brownian", "describe", "explain", "film",
-        "film_conv2d", "film_norm", "gated_residual", "modulate", "randn", "reparameterize",
-        "reverse_step",
+        "film_conv2d", "film_norm", "gated_residual", "guidance_rescale", "modulate", "randn",
+        "reparameterize", "reverse_step",
     ),
     "fastdiff.schedules": ("cosine", "edm", "flow", "from_betas", "linear", "scaled_linear",
                            "sigmoid"),

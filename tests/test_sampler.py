@@ -1,8 +1,11 @@
 """The loop: what it hands to the model, what it returns, what it refuses."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff
 from fastdiff import Sampler, ops, schedules, solvers
@@ -256,3 +259,44 @@ def test_gaussian_data_comes_out():
 def test_refusals(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+class _Calls(TorchDispatchMode):
+    """Counts the ATen calls by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+# each takes another way through the loop
+LOOPS = {
+    "plain": {},
+    "clipped": {"clip": 1.0},
+    "guided": {"guidance": 3.0},
+    "by-row": {"guidance": lambda index, sigma: 1.0 + index % 3},
+    "by-sample": {"guidance": torch.tensor([1.0, 4.0]), "clip": torch.tensor([-1.0, 1.0])},
+    "rescaled": {"guidance": 3.0, "guidance_rescale": 0.7, "guidance_interval": (0.1, 50.0)},
+}
+
+
+@pytest.mark.parametrize("options", LOOPS.values(), ids=LOOPS)
+@pytest.mark.parametrize("name", ["dpmpp_2m", "heun", "ddpm"])
+def test_no_row_copies_to_the_host_or_waits_for_it(name, options):
+    """What may copy between devices or read a value is called as often for 12 steps as for 4."""
+    touches = ("_to_copy", "_local_scalar_dense", "copy_", "item", "is_nonzero", "equal", "nonzero")
+    counts = []
+    for steps in (4, 12):
+        with _Calls() as calls:
+            Sampler(model, table(name, steps), **options)(
+                SHAPE, seeds=[3, 9], cond={"label": torch.tensor([1.0, 2.0])},
+                uncond={"label": torch.tensor([-1.0, -1.0])},
+            )  # fmt: skip
+        counts.append(calls.count)
+    assert counts[1]["mul"] >= counts[0]["mul"] + 8  # the mode sees the model's calls
+    for touch in touches:
+        assert counts[0][touch] == counts[1][touch], touch

@@ -39,6 +39,17 @@ struct FdStepArgs {
   int64_t channels;  // 0: memory order is logical order; else channels are the fastest axis
 };
 
+struct FdRescaleArgs {
+  const void* output;
+  const void* uncond;
+  int dtype;  // of these two
+  int64_t output_stride, uncond_stride;  // between samples
+  int64_t samples, size;
+  const float* guidance;  // one value a sample; so are phi and out
+  const float* phi;
+  float* out;
+};
+
 struct FdNoiseArgs {
   const int64_t* seeds;
   uint32_t step, stream;
@@ -129,6 +140,7 @@ struct FdKernels {
   const char* name;
   void (*noise)(const FdNoiseArgs&);
   void (*reverse_step)(const FdStepArgs&);
+  void (*guidance_rescale)(const FdRescaleArgs&);
   void (*reparameterize)(const FdReparameterizeArgs&);
   void (*reparameterize_backward)(const FdReparameterizeBackwardArgs&);
   void (*film_norm)(const FdFilmNormArgs&);

@@ -7,6 +7,7 @@
 
 extern "C" const FdKernels FD_SYMBOL(FD_ISA);
 const FdKernels FD_SYMBOL(FD_ISA) = {FD_NAME(FD_ISA), fd::FD_ISA::noise, fd::FD_ISA::reverse_step,
+                                     fd::FD_ISA::guidance_rescale,
                                      fd::FD_ISA::reparameterize,
                                      fd::FD_ISA::reparameterize_backward,
                                      fd::FD_ISA::film_norm,

@@ -8,6 +8,7 @@ namespace FD_ISA {
 
 void noise(const FdNoiseArgs&);
 void reverse_step(const FdStepArgs&);
+void guidance_rescale(const FdRescaleArgs&);
 void reparameterize(const FdReparameterizeArgs&);
 void reparameterize_backward(const FdReparameterizeBackwardArgs&);
 void film_norm(const FdFilmNormArgs&);

@@ -12,22 +12,7 @@
 // and those of elements.h.
 #include "step.h"
 
-#include "cuda/elements.h"
-
-// Sum over the threads that share a sample, in one fixed order; every thread of the block calls it.
-template <class T>
-FD_DEVICE T sum_of_row(T value, T* shared) {
-  T* mine = shared + threadIdx.y * blockDim.x;
-  mine[threadIdx.x] = value;
-  for (unsigned int stride = blockDim.x / 2; stride > 0; stride /= 2) {
-    __syncthreads();
-    if (threadIdx.x < stride) mine[threadIdx.x] += mine[threadIdx.x + stride];
-  }
-  __syncthreads();
-  const T sum = mine[0];
-  __syncthreads();  // before the next call writes
-  return sum;
-}
+#include "cuda/row_sum.h"
 
 extern "C" __global__ void __launch_bounds__(256)
     reparameterize(const void* mu, const void* logvar, const int64_t* seeds, int64_t step,

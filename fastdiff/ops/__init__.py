@@ -7,6 +7,7 @@ from fastdiff import backends
 from fastdiff.backends import Op
 from fastdiff.ops import brownian as _brownian
 from fastdiff.ops import film_norm as _film_norm
+from fastdiff.ops import guidance_rescale as _guidance_rescale
 from fastdiff.ops import modulate as _modulate
 from fastdiff.ops import noise as _noise
 from fastdiff.ops import reparameterize as _reparameterize
@@ -14,6 +15,7 @@ from fastdiff.ops import reverse_step as _reverse_step
 from fastdiff.ops.brownian import brownian
 from fastdiff.ops.film_conv2d import film_conv2d
 from fastdiff.ops.film_norm import film, film_norm
+from fastdiff.ops.guidance_rescale import guidance_rescale
 from fastdiff.ops.modulate import gated_residual, modulate
 from fastdiff.ops.noise import Stream, as_seeds, randn
 from fastdiff.ops.reparameterize import reparameterize
@@ -25,6 +27,7 @@ OPS: dict[str, Op] = {
     for op in (
         _brownian.OP,
         _film_norm.OP,
+        _guidance_rescale.OP,
         _modulate.OP,
         _noise.OP,
         _reparameterize.OP,
@@ -38,6 +41,7 @@ COMPOSED: tuple[str, ...] = ("film_conv2d",)
 _PREPARE: dict[str, Callable[..., Any]] = {
     "brownian": _brownian.prepare,
     "film_norm": _film_norm.prepare,
+    "guidance_rescale": _guidance_rescale.prepare,
     "modulate": _modulate.prepare,
     "noise": _noise.prepare,
     "reparameterize": _reparameterize.prepare,
@@ -80,6 +84,7 @@ __all__ = [
     "film_conv2d",
     "film_norm",
     "gated_residual",
+    "guidance_rescale",
     "modulate",
     "randn",
     "reparameterize",

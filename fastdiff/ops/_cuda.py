@@ -26,6 +26,7 @@ from fastdiff.ops._launches import Launch, Macros
 from fastdiff.ops._modulate_checks import Modulate
 from fastdiff.ops._step_checks import Step
 from fastdiff.ops.brownian import Increment
+from fastdiff.ops.guidance_rescale import GuidanceRescale
 from fastdiff.ops.noise import Draw
 from fastdiff.ops.reparameterize import Reparameterize, ReparameterizeBackward
 
@@ -276,6 +277,19 @@ def reverse_step(step: Step) -> None:
     with torch.cuda.device(step.x.device):
         device = _device(step.x)
         device.run(_launches.reverse_step(step, device.blocks))
+
+
+def guidance_rescale(call: GuidanceRescale) -> None:
+    """Fill ``call.out``."""
+    if call.output.numel() == 0:
+        call.out.fill_(1.0)
+        return
+    with torch.cuda.device(call.output.device):
+        device = _device(call.output)
+        # `memory` goes back to torch's allocator, which reuses it in the order of the stream
+        launches, memory = _launches.guidance_rescale(call, device.blocks)
+        device.run(launches)
+        del memory
 
 
 def reparameterize(call: Reparameterize) -> None:

@@ -16,6 +16,7 @@ from fastdiff.ops._native import DTYPES, address
 from fastdiff.ops._presence import presence
 from fastdiff.ops._step_checks import Step
 from fastdiff.ops.brownian import Increment
+from fastdiff.ops.guidance_rescale import GuidanceRescale
 from fastdiff.ops.noise import Draw
 from fastdiff.ops.reparameterize import Reparameterize, ReparameterizeBackward
 
@@ -226,6 +227,41 @@ def reverse_step(step: Step, blocks: int) -> list[Launch]:
 
 
 _PER_THREAD = 16  # elements that a thread adds up before the block does
+
+
+def guidance_rescale(call: GuidanceRescale, blocks: int) -> tuple[list[Launch], list[torch.Tensor]]:
+    """Launches that fill the factors, and the memory that must live until they ran."""
+    output, uncond = call.output, call.uncond
+    samples = output.shape[0]
+    shape = _shape(output, torch.contiguous_format, _pack_of(output), False)
+    macros = (
+        ("FD_DTYPE", DTYPES[output.dtype]),
+        ("FD_UNITS", _PER_THREAD // shape.pack),
+        *_walk_macros(shape, output, uncond),
+    )
+    (_, rows), block = _cover(samples, shape.units, blocks)
+    chunks = -(-shape.units // (block[0] * (_PER_THREAD // shape.pack)))
+    grid = (min(chunks, max(1, blocks // rows)), rows)
+    partial = call.out.new_empty(4 * samples * chunks)
+    args = (
+        output.data_ptr(),
+        uncond.data_ptr(),
+        output.stride(0),
+        uncond.stride(0),
+        call.guidance.data_ptr(),
+        samples,
+        shape.size,
+        partial.data_ptr(),
+    )
+    sums = (partial.data_ptr(), call.phi.data_ptr(), samples, shape.size, chunks)
+    total = (min(samples, max(1, blocks)), 1)
+    file = "guidance_rescale.cu"
+    return [
+        Launch(file, "guidance_rescale", macros, grid, block, args),
+        Launch(
+            file, "guidance_rescale_sum", macros, total, (THREADS, 1), (*sums, call.out.data_ptr())
+        ),
+    ], [partial]
 
 
 def _vae_macros(
