@@ -22,6 +22,8 @@ from fastdiff.solvers.ddpm import ddpm
 from fastdiff.solvers.dpmpp import dpmpp_2m, dpmpp_2m_sde
 from fastdiff.solvers.euler import euler, euler_ancestral
 from fastdiff.solvers.heun import heun
+from fastdiff.solvers.heunpp import heunpp2
+from fastdiff.solvers.res import res_multistep, res_multistep_ancestral
 from fastdiff.solvers.sa_solver import sa_solver
 from fastdiff.solvers.seeds import dpmpp_sde, seeds_2, seeds_3
 from fastdiff.solvers.unipc import unipc
@@ -44,6 +46,9 @@ SOLVERS: dict[str, Callable[..., StepTable]] = {
         dpmpp_sde,
         seeds_2,
         seeds_3,
+        heunpp2,
+        res_multistep,
+        res_multistep_ancestral,
     )
 }
 
