@@ -20,6 +20,7 @@ from fastdiff.solvers._walk import PREDICTIONS, Walk
 from fastdiff.solvers.ddim import ddim
 from fastdiff.solvers.ddpm import ddpm
 from fastdiff.solvers.dpmpp import dpmpp_2m, dpmpp_2m_sde
+from fastdiff.solvers.er_sde import er_sde
 from fastdiff.solvers.euler import euler, euler_ancestral
 from fastdiff.solvers.heun import heun
 from fastdiff.solvers.heunpp import heunpp2
@@ -47,6 +48,7 @@ SOLVERS: dict[str, Callable[..., StepTable]] = {
         seeds_2,
         seeds_3,
         heunpp2,
+        er_sde,
         res_multistep,
         res_multistep_ancestral,
     )
