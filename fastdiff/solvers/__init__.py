@@ -35,15 +35,18 @@ from fastdiff.solvers.dpm_fast import dpm_fast
 from fastdiff.solvers.dpm_multistep import dpm_multistep, dpmpp_3m_sde, dpmpp_multistep
 from fastdiff.solvers.dpm_singlestep import dpm_singlestep, dpmpp_singlestep
 from fastdiff.solvers.dpmpp import dpmpp_2m, dpmpp_2m_sde
+from fastdiff.solvers.er_sde import er_sde
 from fastdiff.solvers.euler import euler, euler_ancestral
 from fastdiff.solvers.flow import flow_heun3, flow_midpoint, flow_rk4
 from fastdiff.solvers.heun import heun
+from fastdiff.solvers.heunpp import heunpp2
 from fastdiff.solvers.inverse import (
     ddim_inverse,
     dpm_multistep_inverse,
     dpmpp_multistep_inverse,
 )
 from fastdiff.solvers.pndm import plms, pndm
+from fastdiff.solvers.res import res_multistep, res_multistep_ancestral
 from fastdiff.solvers.sa_solver import sa_solver
 from fastdiff.solvers.seeds import dpmpp_sde, seeds_2, seeds_3
 from fastdiff.solvers.unipc import unipc
@@ -60,7 +63,8 @@ _FAMILIES: tuple[tuple[Callable[..., StepTable], ...], ...] = (
     (dpmpp_singlestep, dpm_singlestep, dpm_fast),
     (lms, plms, pndm, ipndm, ipndm_v, deis, gradient_estimation),
     (unipc, sa_solver),
-    (dpmpp_sde, seeds_2, seeds_3),
+    (dpmpp_sde, seeds_2, seeds_3, er_sde),
+    (res_multistep, res_multistep_ancestral, heunpp2),
     (flow_midpoint, flow_heun3, flow_rk4),
     (lcm, tcd, consistency),
     (euler_cfg_pp, euler_ancestral_cfg_pp, dpmpp_2s_ancestral_cfg_pp),
