@@ -40,7 +40,7 @@ from fastdiff.solvers.flow import flow_heun3, flow_midpoint, flow_rk4
 from fastdiff.solvers.heun import heun
 from fastdiff.solvers.pndm import plms, pndm
 from fastdiff.solvers.sa_solver import sa_solver
-from fastdiff.solvers.seeds import seeds_2, seeds_3
+from fastdiff.solvers.seeds import dpmpp_sde, seeds_2, seeds_3
 from fastdiff.solvers.unipc import unipc
 from fastdiff.spacings import OPTIONS
 from fastdiff.table import StepTable
@@ -55,7 +55,7 @@ _FAMILIES: tuple[tuple[Callable[..., StepTable], ...], ...] = (
     (dpmpp_singlestep, dpm_singlestep, dpm_fast),
     (lms, plms, pndm, ipndm, ipndm_v, deis, gradient_estimation),
     (unipc, sa_solver),
-    (seeds_2, seeds_3),
+    (dpmpp_sde, seeds_2, seeds_3),
     (flow_midpoint, flow_heun3, flow_rk4),
     (lcm, tcd, consistency),
     (euler_cfg_pp, euler_ancestral_cfg_pp, dpmpp_2s_ancestral_cfg_pp),
