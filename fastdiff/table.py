@@ -15,73 +15,72 @@ can draw the same noise again.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
+from fastdiff._rows import (
+    C_IN,
+    COUNTER1,
+    COUNTER2,
+    EVALUATES,
+    FLAGS,
+    HISTORY_SLOTS,
+    LEARNED_VARIANCE,
+    LV_SCALE,
+    LV_SHIFT,
+    PUSH,
+    PUSH_D,
+    PUSH_X,
+    ROW_FLOATS,
+    ROW_INTS,
+    STREAM1,
+    STREAM2,
+    TERMS,
+    A,
+    B,
+    Needs,
+    P,
+    Q,
+    Row,
+    lay,
+    needs_of,
+)
+
 if TYPE_CHECKING:
     from fastdiff.schedules import Schedule
 
-# The terms of a row in their order of summation; equal to FdTerm in csrc/step.h.
-TERMS = ("x", "y", "m", "d", "h0", "h1", "h2", "h3", "n1", "n2", "u")
-HISTORY_SLOTS = 4
-
-# Positions in a packed row; equal to FdRowFloat and FdRowInt in csrc/step.h.
-P, Q, A, B, C_IN, LV_SCALE, LV_SHIFT, PUSH_X, PUSH_D = 0, 1, 2, 13, 24, 25, 26, 27, 28
-ROW_FLOATS = 32
-FLAGS, PUSH, STREAM1, COUNTER1, STREAM2, COUNTER2, ROW_INTS = 0, 1, 2, 3, 4, 5, 8
-EVALUATES, LEARNED_VARIANCE = 1, 2
-
-_NO_DRAW = (0, 0)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row as a solver writes it, in float64.
-
-    Args:
-        x: coefficients of x' by term name; ``h0`` is the newest pushed prediction, ``h3`` the
-            oldest (ages, not memory slots).
-        y: coefficients of y' by term name, or None where the anchor state stays as it is.
-        time: model time of the evaluation, NaN for a row without one.
-        alpha, sigma: of the state before the row (``x = alpha*x0 + sigma*noise``).
-        convert: (p, q) of the converted prediction ``d = p*x + q*m``.
-        push: what enters the history: False for nothing, True for d, or (e, f) for e*x + f*d: a
-            noise or slope prediction, which depends on the state of its own row and so can not be
-            put together from d and x later.
-        draws: up to two (stream, counter) pairs, of the terms n1 and n2.
-        log_variance: (scale, shift): n1 is multiplied by ``exp(scale*v + shift)`` with v the
-            model's variance output (Nichol and Dhariwal 2021, eq. 15).
-        evaluates: False for a row without a model call (re-noising, an analytic first step).
-        c_in: the model input of this row is ``c_in * x``.
-    """
-
-    x: Mapping[str, float]
-    y: Mapping[str, float] | None = None
-    time: float = float("nan")
-    alpha: float = 1.0
-    sigma: float = 0.0
-    convert: tuple[float, float] = (0.0, 1.0)
-    push: bool | tuple[float, float] = False
-    draws: tuple[tuple[int, int], ...] = ()
-    log_variance: tuple[float, float] | None = None
-    evaluates: bool = True
-    c_in: float = 1.0
-
-
-class Needs(NamedTuple):
-    """What a row reads and writes besides x, so that a caller can check before it runs."""
-
-    output: bool
-    uncond: bool
-    variance: bool
-    anchor: bool
-    writes_anchor: bool
-    history: int
-    seeds: bool
+__all__ = [
+    "COUNTER1",
+    "COUNTER2",
+    "C_IN",
+    "EVALUATES",
+    "FLAGS",
+    "HISTORY_SLOTS",
+    "LEARNED_VARIANCE",
+    "LV_SCALE",
+    "LV_SHIFT",
+    "PUSH",
+    "PUSH_D",
+    "PUSH_X",
+    "ROW_FLOATS",
+    "ROW_INTS",
+    "STREAM1",
+    "STREAM2",
+    "TERMS",
+    "A",
+    "B",
+    "Needs",
+    "P",
+    "Packed",
+    "Q",
+    "Row",
+    "StepTable",
+    "join",
+]  # fmt: skip
 
 
 class Packed(NamedTuple):
@@ -144,9 +143,9 @@ class StepTable:
         needs: list[Needs] = []
         depth = 0
         for begin, end in itertools.pairwise((*starts, len(rows))):
-            mine = _lay(self.name, rows, begin, end, floats, ints)
+            mine = lay(self.name, rows, begin, end, floats, ints)
             depth = max(depth, mine)
-            needs += (_needs(rows[i], mine, int(ints[i, PUSH])) for i in range(begin, end))
+            needs += (needs_of(rows[i], mine, int(ints[i, PUSH])) for i in range(begin, end))
         fits = np.abs(floats) <= np.finfo(np.float32).max  # NaN does not
         if not fits.all():
             bad = int(np.argwhere(~fits)[0, 0])
@@ -320,102 +319,3 @@ def join(tables: Sequence[StepTable]) -> tuple[StepTable, tuple[int, ...]]:
         starts=tuple(o + s for o, t in zip(offsets, tables, strict=True) for s in t.starts),
     )
     return whole, offsets
-
-
-def _lay(
-    name: str, rows: tuple[Row, ...], begin: int, end: int, floats: np.ndarray, ints: np.ndarray
-) -> int:
-    """Check and write rows [begin, end), one table; returns the history slots that it needs."""
-    part = rows[begin:end]
-    depth = max((_age(k) + 1 for row in part for k in _used(row) if k[0] == "h"), default=0)
-    pushed, anchored = 0, False
-    push_row: list[int] = []
-    read: set[int] = set()
-    for i, row in enumerate(part, begin):
-        _check(name, i, row, pushed, anchored)
-        _write(floats[i], ints[i], row, pushed, depth)
-        read.update(pushed - 1 - _age(k) for k in _used(row) if k[0] == "h")
-        if row.push:
-            push_row.append(i)
-            pushed += 1
-        anchored |= row.y is not None
-    # the kernel writes the input of the model call that follows
-    floats[begin:end, C_IN] = [row.c_in for row in part[1:]] + [1.0]
-    for k, i in enumerate(push_row):
-        if k not in read:  # nobody reads it: spare the write
-            ints[i, PUSH], floats[i, PUSH_X : PUSH_D + 1] = -1, 0.0
-    return depth
-
-
-def _age(term: str) -> int:
-    return int(term[1:])
-
-
-def _used(row: Row) -> list[str]:
-    return [k for out in (row.x, row.y or {}) for k, c in out.items() if c != 0.0]
-
-
-def _check(name: str, i: int, row: Row, pushed: int, anchored: bool) -> None:
-    where = f"StepTable: row {i} of {name} must"
-    used = _used(row)
-    for out in (row.x, row.y or {}):
-        unknown = sorted(set(out) - set(TERMS))
-        if unknown:
-            raise ValueError(f"{where} use terms among {', '.join(TERMS)}, got {unknown[0]!r}")
-    for term in used:
-        if term[0] == "h" and _age(term) >= min(pushed, HISTORY_SLOTS):
-            raise ValueError(f"{where} read history that was pushed, got {term} after {pushed}")
-        if term == "y" and not anchored:
-            raise ValueError(f"{where} read an anchor that was written, got y before any")
-        if term in ("m", "d", "u") and not row.evaluates:
-            raise ValueError(f"{where} evaluate the model to read its output, got {term}")
-        if term in ("n1", "n2") and len(row.draws) < _age(term):
-            raise ValueError(f"{where} name the counter of each draw, got {term} without one")
-    if row.y is not None and not any(row.y.values()):
-        raise ValueError(f"{where} give y a non-zero coefficient or leave it None, got {row.y}")
-    if row.log_variance is not None and not row.evaluates:
-        raise ValueError(f"{where} evaluate the model to read its variance, got evaluates=False")
-    if not all(0 <= part < 1 << 31 for draw in row.draws for part in draw):
-        raise ValueError(f"{where} have streams and counters in [0, 2**31), got {row.draws}")
-    if len(row.draws) > 2:
-        raise ValueError(f"{where} draw noise at most twice, got {len(row.draws)} draws")
-    if row.push is not False and not row.evaluates:
-        raise ValueError(f"{where} evaluate the model to push a prediction, got push=True")
-    if row.evaluates and not np.isfinite(row.time):
-        raise ValueError(f"{where} have a finite time to evaluate the model at, got {row.time}")
-
-
-def _write(floats: np.ndarray, ints: np.ndarray, row: Row, pushed: int, depth: int) -> None:
-    floats[P], floats[Q] = row.convert
-    for start, out in ((A, row.x), (B, row.y or {})):
-        for term, c in out.items():
-            if term[0] == "h":
-                if c != 0.0:
-                    floats[start + TERMS.index("h0") + (pushed - 1 - _age(term)) % depth] += c
-            else:
-                floats[start + TERMS.index(term)] = c
-    if row.push and depth:
-        ints[PUSH] = pushed % depth
-        floats[PUSH_X : PUSH_D + 1] = (0.0, 1.0) if row.push is True else row.push
-    else:
-        ints[PUSH] = -1
-    draws = (*row.draws, _NO_DRAW, _NO_DRAW)
-    ints[STREAM1], ints[COUNTER1] = draws[0]
-    ints[STREAM2], ints[COUNTER2] = draws[1]
-    ints[FLAGS] = EVALUATES if row.evaluates else 0
-    if row.log_variance is not None:
-        floats[LV_SCALE], floats[LV_SHIFT] = row.log_variance
-        ints[FLAGS] |= LEARNED_VARIANCE
-
-
-def _needs(row: Row, depth: int, push: int) -> Needs:
-    used = _used(row)
-    return Needs(
-        output=row.evaluates,
-        uncond="u" in used,
-        variance=row.log_variance is not None and "n1" in used,
-        anchor="y" in used,
-        writes_anchor=row.y is not None,
-        history=depth if push >= 0 or any(t[0] == "h" for t in used) else 0,
-        seeds="n1" in used or "n2" in used,
-    )

@@ -10,7 +10,7 @@ from oracles import STEP, Case
 
 
 def lcm(p, x, s_noise=1.0, timestep_scaling=None):
-    """Luo et al. 2023, multistep sampling, with diffusers' boundary condition (LCMScheduler.step)."""
+    """Luo et al. 2023, multistep sampling; the boundary condition as LCMScheduler.step has it."""
     states = []
     for i in range(p.steps):
         t, alpha, sigma = p.at(i)

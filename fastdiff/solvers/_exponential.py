@@ -14,21 +14,12 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from fastdiff.solvers._phi import phi
 from fastdiff.solvers._walk import Point, Step, Walk, epsilon
 from fastdiff.solvers.ddim import ancestral
 
 # solver types of the original code and of diffusers: the weight of a slope is W1/2 or W2
 SOLVER_TYPES = ("midpoint", "heun", "dpmsolver", "taylor")
-
-
-def phi(k: int, z: float) -> float:
-    """sum of z^j/(j + k)! over j >= 0: phi_0 is exp, phi_1 is (e^z - 1)/z; without cancellation."""
-    if abs(z) < 1:  # the series; its twentieth term is below 1e-18
-        return math.fsum(z**j / math.factorial(j + k) for j in range(20))
-    value = math.exp(z)
-    for j in range(k):
-        value = (math.expm1(z) if j == 0 else value - 1 / math.factorial(j)) / z
-    return value
 
 
 class Form(NamedTuple):

@@ -1,4 +1,4 @@
-"""What CFG++ promises, beyond the transcriptions of test_solvers.py."""
+"""What CFG++ and the stages of a flow do, beyond the transcriptions of test_solvers.py."""
 
 from __future__ import annotations
 
@@ -76,4 +76,16 @@ def test_the_sampler_runs_it(solver):
     want = run(table, x, guided, noise, uncond=network(-0.5))
     # float32: a row rounds terms of the size of x0 = (x - sigma m)/alpha, 8 times at most
     sizes = [np.abs(s).max() / a for s, a in zip([x, *want], [*table.alphas, 1.0], strict=True)]
+    assert np.abs(got - want[-1]).max() <= 8 * float(np.finfo(np.float32).eps) * sum(sizes)
+
+
+@pytest.mark.parametrize("solver", ["flow_midpoint", "flow_heun3", "flow_rk4"])
+def test_the_sampler_runs_stages_on_a_flow(solver):
+    """Slopes in the history and the state in the anchor, on the backend that it chooses."""
+    table = solvers.build(solver, schedules.flow(), 4, prediction="flow")
+    got = Sampler(lambda x, t: torch.sin(x), table)((3,), seeds=[1, 2]).double().numpy()
+    x = fastdiff.randn([1, 2], (3,)).double().numpy()
+    want = run(table, x, lambda x, _: np.sin(x), lambda *_: None)
+    # float32, with slopes (x - x0)/t: a row rounds terms of the size of x/t, 8 times at most
+    sizes = [np.abs(s).max() / t for s, t in zip([x, *want[:-1]], table.sigmas, strict=True)]
     assert np.abs(got - want[-1]).max() <= 8 * float(np.finfo(np.float32).eps) * sum(sizes)
