@@ -202,13 +202,16 @@ def test_eta_above_one_is_capped_as_in_k_diffusion():
     assert_same(got, oracles.euler_ancestral(p, x, 3.0, 1.0), "eta=3")
 
 
-@pytest.mark.parametrize("h", [1e-9, 1e-3, 0.0999, 0.1, 1.0, 30.0])
-def test_phi_does_not_cancel(h):
-    from mpmath import exp, mp, mpf
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("z", [1e-9, -1e-3, 0.0999, -0.1, 1.0, -1.0, -30.0, 30.0])
+def test_phi_does_not_cancel(k, z):
+    from mpmath import exp, factorial, mp, mpf
 
-    from fastdiff.solvers.dpmpp import _phi
+    from fastdiff.solvers._phi import phi
 
-    with mp.workdps(40):
-        exact = 1 - (1 - exp(-mpf(h))) / mpf(h)
-        # near 0.1 two digits cancel in the closed form, one unit in the last place of 1 each
-        assert abs(_phi(h) - exact) <= 4 * 2**-52 * max(float(exact), 2**-4)
+    with mp.workdps(60):
+        exact = exp(mpf(z))
+        for j in range(k):
+            exact = (exact - 1 / factorial(j)) / mpf(z)
+        # from |z| = 1 on, each step of the recurrence may cancel a factor (j + 1) or so
+        assert abs(phi(k, z) - exact) <= 8 * k * 2**-52 * float(exact)

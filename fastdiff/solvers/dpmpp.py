@@ -5,17 +5,11 @@ from __future__ import annotations
 import math
 
 from fastdiff.solvers._checks import choice, number
+from fastdiff.solvers._phi import phi
 from fastdiff.solvers._walk import Step, Walk
 from fastdiff.table import StepTable
 
 SOLVER_TYPES = ("midpoint", "heun")
-
-
-def _phi(h: float) -> float:
-    """1 - (1 - exp(-h))/h, without cancellation: the weight of a linear change over the step."""
-    if h < 0.1:  # the series; its tenth term is below 1e-17
-        return -sum((-h) ** k / math.factorial(k + 1) for k in range(1, 11))
-    return 1 + math.expm1(-h) / h
 
 
 def _multistep(walk: Walk, eta: float, s_noise: float, solver_type: str) -> None:
@@ -31,7 +25,9 @@ def _multistep(walk: Walk, eta: float, s_noise: float, solver_type: str) -> None
         decay = math.exp(-eta * h) if eta else 1.0
         x = {"x": step.gain * decay, "d": step.next.alpha * -math.expm1(-total)}
         if last is not None and math.isfinite(h):
-            weight = -math.expm1(-total) / 2 if solver_type == "midpoint" else _phi(total)
+            weight = (
+                -math.expm1(-total) / 2 if solver_type == "midpoint" else total * phi(2, -total)
+            )
             slope = step.next.alpha * weight * h / last.h
             x |= {"d": x["d"] + slope, "h0": -slope}
         up = s_noise * step.next.sigma * math.sqrt(-math.expm1(-2 * eta * h)) if eta else 0.0
