@@ -4,7 +4,8 @@
     pytest benchmarks/bench_guidance_rescale.py --benchmark-only
 
 Predicted before it was measured, an element in float32: the factor reads 8 bytes, which is what a
-copy moves, and costs 16 instructions of 512 bits for 16 elements; so it takes as long as a copy.
+copy moves, and costs 16 instructions of 512 bits for 16 elements; so it takes as long as a copy
+(measured: 0.4 ns an element on one core, four copies where both outputs lie in a cache).
 The guided step after it reads both outputs again and moves 16 bytes. diffusers' chain makes the
 guided output, two deviations, the rescaled and the mixed output: 14 passes before its step begins.
 """

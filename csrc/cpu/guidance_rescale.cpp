@@ -4,8 +4,8 @@
 // mean nor the size of a sample costs digits. Pieces have fixed places in a sample and are added up
 // in their order: a sample has the same bits in any batch and for any number of threads.
 //
-// Of 16 elements the sums cost 16 instructions of 512 bits, 5 ns less than their 128 bytes take
-// from memory on a core of 15 GB/s: bound by memory.
+// Of 16 elements the sums cost 24 instructions of 512 bits, measured 6 ns on one core: four times
+// what a copy takes where both outputs lie in a cache, 1.4 times where they come from memory.
 #include "../step.h"
 
 #include "kernels.h"

@@ -26,7 +26,7 @@
 
 struct Row {
   float a[kTerms], b[kTerms];
-  float p, q, c_in, lv_scale, lv_shift, push_x, push_d;
+  float p, q, c_in, lv_scale, lv_shift;
   int push;
   uint32_t stream[2], counter[2];
   bool evaluates, learned;
@@ -39,11 +39,8 @@ struct Row {
   }
   FD_MEMBER bool uses(int term) const { return in_x(term) || in_y(term); }
   FD_MEMBER bool pushes() const { return FD_PUSH && (!FD_ROWS || push >= 0); }
-  FD_MEMBER bool pushes_x() const { return pushes() && FD_PUSH_X && (!FD_ROWS || push_x != 0.0f); }
-  FD_MEMBER bool pushes_d() const { return pushes() && FD_PUSH_D && (!FD_ROWS || push_d != 0.0f); }
-  FD_MEMBER bool pushes_sum() const {
-    return FD_ROWS ? push_x != 0.0f || push_d != 1.0f : FD_PUSH == 2;
-  }
+  FD_MEMBER bool pushes_x() const { return pushes() && FD_PUSH_X; }
+  FD_MEMBER bool pushes_d() const { return pushes() && FD_PUSH_D; }
   FD_MEMBER bool converts() const { return pushes_d() || uses(kD); }
   FD_MEMBER bool by_x() const { return FD_P && (!FD_ROWS || p != 0.0f); }
   FD_MEMBER bool by_m() const { return FD_Q && (!FD_ROWS || q != 0.0f); }
@@ -73,8 +70,6 @@ FD_INLINE Row load_row(const float* f, const int32_t* info) {
   r.c_in = f[kCIn];
   r.lv_scale = f[kLvScale];
   r.lv_shift = f[kLvShift];
-  r.push_x = f[kPushX];
-  r.push_d = f[kPushD];
   r.push = info[kPush];
   r.stream[0] = static_cast<uint32_t>(info[kStream1]);
   r.counter[0] = static_cast<uint32_t>(info[kCounter1]);
@@ -96,12 +91,15 @@ struct Tensors {
   int64_t history_stride;
   float* out;
   void* model_input;
+  const float* scales;
+  const float* push;  // the coefficients of a push, of the first row
+  const int64_t* rows;
+  int64_t row;
 };
 
 // One pack of one sample: the elements [at, at + count) of its memory.
 FD_INLINE void step_pack(const Tensors& t, const Row& r, int64_t sample, int64_t size, int64_t at,
-                         int count, float weight, float scale, float bound,
-                         const float (*n)[FD_PACK]) {
+                         int count, float weight, float bound, const float (*n)[FD_PACK]) {
   float x[FD_PACK], m[FD_PACK], u[FD_PACK], v[FD_PACK], y[FD_PACK], h[4][FD_PACK];
   const int64_t here = sample * size + at;
   const bool guides = FD_GUIDED && r.evaluates && weight != 1.0f;
@@ -119,11 +117,11 @@ FD_INLINE void step_pack(const Tensors& t, const Row& r, int64_t sample, int64_t
     if (r.uses(kH0 + k))
       fd_load_pack<kFloat32, FD_PACK>(t.history + k * t.history_stride, here, count, h[k]);
 
-  float to_x[FD_PACK], to_y[FD_PACK], d[FD_PACK], to_h[FD_PACK], input[FD_PACK];
+  float to_x[FD_PACK], to_y[FD_PACK], d[FD_PACK], input[FD_PACK];
 #pragma unroll
   for (int i = 0; i < FD_PACK; ++i) {
     if (guides && r.reads_m()) m[i] = fd_guide(m[i], u[i], weight);
-    if (FD_SCALED && r.reads_m()) m[i] = scale * m[i];
+    if (FD_SCALED && r.reads_m()) m[i] = t.scales[sample] * m[i];
     if (r.converts()) {
       float c = 0.0f;
       if (r.by_x()) c = fd_add_term(c, r.p, x[i]);
@@ -147,25 +145,29 @@ FD_INLINE void step_pack(const Tensors& t, const Row& r, int64_t sample, int64_t
     add(kN1, n1);
     if (FD_HAS(kN2)) add(kN2, n[FD_DRAWS - 1][i]);
     add(kU, u[i]);
-    if (r.pushes()) {
-      if (r.pushes_sum()) {
-        float sum = 0.0f;
-        if (r.pushes_x()) sum = fd_add_term(sum, r.push_x, x[i]);
-        if (r.pushes_d()) sum = fd_add_term(sum, r.push_d, d[i]);
-        to_h[i] = sum;
-      } else {
-        to_h[i] = d[i];
-      }
-    }
     to_x[i] = by_x;
     to_y[i] = by_y;
     input[i] = r.c_in * by_x;
   }
 
+  if (r.pushes() && FD_PUSH != 1) {
+    // read here and not with the row, whose coefficients fill the registers as it is
+    const float* push = t.push + (FD_ROWS ? t.rows[sample] : t.row) * kRowFloats;
+    const float by_x = push[0], by_d = push[kPushD - kPushX];
+    if (!FD_ROWS || by_x != 0.0f || by_d != 1.0f) {
+#pragma unroll
+      for (int i = 0; i < FD_PACK; ++i) {
+        float sum = 0.0f;
+        if (FD_PUSH_X && (!FD_ROWS || by_x != 0.0f)) sum = fd_add_term(sum, by_x, x[i]);
+        if (FD_PUSH_D && (!FD_ROWS || by_d != 0.0f)) sum = fd_add_term(sum, by_d, d[i]);
+        d[i] = sum;
+      }
+    }
+  }
   fd_store_pack<kFloat32, FD_PACK>(t.out, here, count, to_x);
   if (r.writes_y()) fd_store_pack<kFloat32, FD_PACK>(t.y, here, count, to_y);
   if (r.pushes())
-    fd_store_pack<kFloat32, FD_PACK>(t.history + r.push * t.history_stride, here, count, to_h);
+    fd_store_pack<kFloat32, FD_PACK>(t.history + r.push * t.history_stride, here, count, d);
   if constexpr (FD_INPUT_DTYPE >= 0)
     fd_store_pack<FD_INPUT_DTYPE, FD_PACK>(t.model_input, here, count, input);
 }
@@ -183,7 +185,8 @@ extern "C" __global__ void __launch_bounds__(256, 2)
   const FdShape shape{size, channels, pixels};
   const Tensors tensors{x,          output, uncond, variance,       output_stride,
                         uncond_stride, variance_stride, y, history, history_stride,
-                        out,        model_input};
+                        out,        model_input, scales, row_floats + kPushX,
+                        rows,       row};
   const FdWalk walk = fd_walk();
   const int64_t units = fd_units(shape);
   Row r;
@@ -195,7 +198,6 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     }
     const uint64_t seed = FD_DRAWS ? static_cast<uint64_t>(seeds[sample]) : 0;
     const float weight = guidance ? guidance[sample] : guidance_all;
-    const float scale = FD_SCALED ? scales[sample] : 1.0f;
     const float bound = clip ? clip[sample] : clip_all;
     const auto draw = [&](int k, int64_t block, float* z) {
       if (!r.uses(kN1 + k)) return;
@@ -203,7 +205,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
                  z[3]);
     };
     const auto body = [&](int64_t at, int count, const float (*n)[FD_PACK]) {
-      step_pack(tensors, r, sample, size, at, count, weight, scale, bound, n);
+      step_pack(tensors, r, sample, size, at, count, weight, bound, n);
     };
     for (int64_t unit = walk.unit; unit < units; unit += walk.unit_stride)
       fd_for_unit<FD_DRAWS>(shape, unit, draw, body);
