@@ -30,7 +30,9 @@ from fastdiff import solvers
 APART = {
     name: case
     for name, case in CASES.items()
-    if case.options.get("order", 0) == 3 and not case.converges and not case.options.get("eta")
+    if case.solver in ("dpmpp_multistep", "dpmpp_singlestep", "dpm_singlestep")
+    and case.options.get("order", 0) == 3
+    and not (case.converges or case.options.get("eta"))
 }
 
 

@@ -68,12 +68,12 @@ def dpm_2(
     s_tmax: float = math.inf,
     s_noise: float = 1.0,
 ) -> StepTable:
-    """k-diffusion's ``sample_dpm_2``: DPM-Solver-2 of Lu et al. 2022 (arXiv:2206.00927), algorithm
-    1, its midpoint halfway in log(sigma/alpha), with the churn of Karras et al. 2022.
+    """k-diffusion's ``sample_dpm_2``, DPM-Solver-2 of Lu et al. 2022 (arXiv:2206.00927).
 
-    Order 2, two evaluations a step and one in the step to clean data, no noise without churn, one
-    x0 kept from the first to the second. On a flow the level is t, as in ComfyUI; elsewhere a step
-    from alpha = 0 is Euler's. Churn as in `euler`. Other names: KDPM2DiscreteScheduler.
+    Algorithm 1 there, its midpoint halfway in log(sigma/alpha), with the churn of Karras et al.
+    2022. Order 2, two evaluations a step and one in the step to clean data, no noise without churn,
+    one x0 kept from the first to the second. On a flow the level is t, as in ComfyUI; elsewhere a
+    step from alpha = 0 is Euler's. Churn as in `euler`. Other names: KDPM2DiscreteScheduler.
 
     Args:
         s_churn, s_tmin, s_tmax, s_noise: as in `Churn`.
@@ -86,11 +86,11 @@ def dpm_2(
 
 
 def dpm_2_ancestral(walk: Walk, *, eta: float = 1.0, s_noise: float = 1.0) -> StepTable:
-    """k-diffusion's ``sample_dpm_2_ancestral``: `dpm_2` (arXiv:2206.00927) to the lower level of
-    `euler_ancestral`, then fresh noise; on a flow ComfyUI's ``sample_dpm_2_ancestral_RF``.
+    """k-diffusion's ``sample_dpm_2_ancestral``, on a flow ComfyUI's with ``_RF``.
 
-    Order 2 (weak: measured on Gaussian data), two evaluations a step and one draw, one x0 kept from
-    the first to the second; the step to clean data evaluates once and draws nothing. Other names:
+    `dpm_2` (arXiv:2206.00927) to the lower level of `euler_ancestral`, then fresh noise. Order 2
+    (weak: measured on Gaussian data), two evaluations a step and one draw, one x0 kept from the
+    first to the second; the step to clean data evaluates once and draws nothing. Other names:
     KDPM2AncestralDiscreteScheduler.
 
     Args:
@@ -105,14 +105,13 @@ def dpm_2_ancestral(walk: Walk, *, eta: float = 1.0, s_noise: float = 1.0) -> St
 
 
 def dpmpp_2s_ancestral(walk: Walk, *, eta: float = 1.0, s_noise: float = 1.0) -> StepTable:
-    """k-diffusion's ``sample_dpmpp_2s_ancestral``: DPM-Solver++(2S) of Lu et al. 2022
-    (arXiv:2211.01095), algorithm 1 with r = 1/2, to the lower level of `euler_ancestral`, then
-    fresh noise; on a flow ComfyUI's ``sample_dpmpp_2s_ancestral_RF``.
+    """k-diffusion's ``sample_dpmpp_2s_ancestral``, on a flow ComfyUI's with ``_RF``.
 
-    Order 2 (weak: measured on Gaussian data), two evaluations a step and one draw, one x0 kept from
-    the first to the second; the step to clean data evaluates once and draws nothing. A step from
-    alpha = 0, whose midpoint in log-SNR is its start, is Euler's (ComfyUI evaluates again at
-    t = 0.9999). Other names: DPM++ 2S a.
+    DPM-Solver++(2S) of Lu et al. 2022 (arXiv:2211.01095), algorithm 1 with r = 1/2, to the lower
+    level of `euler_ancestral`, then fresh noise. Order 2 (weak: measured on Gaussian data), two
+    evaluations a step and one draw, one x0 kept from the first to the second; the step to clean
+    data evaluates once and draws nothing. A step from alpha = 0, whose midpoint in log-SNR is its
+    start, is Euler's (ComfyUI evaluates again at t = 0.9999). Other names: DPM++ 2S a.
 
     Args:
         eta, s_noise: as in `dpm_2_ancestral`.

@@ -43,7 +43,7 @@ def _lay(walk: Walk, start: Point, end: Point, n: int, eta: float, s_noise: floa
 
 
 def dpm_fast(walk: Walk, *, eta: float = 0.0, s_noise: float = 1.0) -> StepTable:
-    """DPM-Solver-fast of Lu et al. 2022 (arXiv:2206.00927), section 3.4, with k-diffusion's eta.
+    """Lu et al. 2022 (arXiv:2206.00927): DPM-Solver-fast, section 3.4, with k-diffusion's eta.
 
     It makes its own grid, uniform in log(sigma/alpha): of the one given only the ends and the
     number of intervals count, and `steps` is the number of model evaluations. From the least noisy

@@ -112,14 +112,14 @@ def dpmpp_multistep(
     lower_order_final: bool = True,
     euler_at_final: bool = False,
 ) -> StepTable:
-    """DPM-Solver++ in the data form: Lu et al. 2022 (arXiv:2211.01095), algorithm 2 and appendix B,
-    and of third order as in the authors' code.
+    """Lu et al. 2022 (arXiv:2211.01095): DPM-Solver++, multistep, algorithm 2 and appendix B.
 
-    Order 1 or 2; order=3 converges with order 2, as its first step is of first order and its
-    curvature has half the weight that a third-order method needs, but with a smaller error. One
-    evaluation a step, `order - 1` x0 kept; eta > 0 draws noise once a step. The step to clean data
-    and the step from alpha 0 are of first order. Other names: multistep_dpm_solver,
-    DPMSolverMultistepScheduler with "dpmsolver++" and, at eta = 1, "sde-dpmsolver++".
+    The data form; three predictions as in the authors' code. Order 1 or 2; order=3 converges with
+    order 2, as its first step is of first order and its curvature has half the weight that a
+    third-order method needs, but with a smaller error. One evaluation a step, `order - 1` x0 kept;
+    eta > 0 draws noise once a step. The step to clean data and the step from alpha 0 are of first
+    order. Other names: multistep_dpm_solver, DPMSolverMultistepScheduler with "dpmsolver++" and, at
+    eta = 1, "sde-dpmsolver++".
 
     Args:
         order: 1, 2 or 3.
@@ -146,13 +146,13 @@ def dpm_multistep(
     lower_order_final: bool = True,
     euler_at_final: bool = False,
 ) -> StepTable:
-    """DPM-Solver in the noise form, multistep: Lu et al. 2022 (arXiv:2206.00927), and its SDE,
-    arXiv:2211.01095, appendix B.
+    """Lu et al. 2022 (arXiv:2206.00927): DPM-Solver, multistep.
 
-    Order 1 or 2, and order=3 as in `dpmpp_multistep`. One evaluation a step, `order - 1` noise
-    predictions kept; eta > 0 draws noise once a step. The step to clean data takes x0, without
-    noise; the step from alpha 0 is of first order. Other names: multistep_dpm_solver with
-    "dpmsolver", DPMSolverMultistepScheduler with "dpmsolver" and, at eta = 1, "sde-dpmsolver".
+    The noise form; its SDE is of arXiv:2211.01095, appendix B. Order 1 or 2, and order=3 as in
+    `dpmpp_multistep`. One evaluation a step, `order - 1` noise predictions kept; eta > 0 draws
+    noise once a step. The step to clean data takes x0, without noise; the step from alpha 0 is of
+    first order. Other names: multistep_dpm_solver with "dpmsolver", DPMSolverMultistepScheduler
+    with "dpmsolver" and, at eta = 1, "sde-dpmsolver".
 
     Args:
         order, solver_type, s_noise, lower_order_final, euler_at_final: as in `dpmpp_multistep`.
@@ -171,8 +171,7 @@ def dpm_multistep(
 
 
 def dpmpp_3m_sde(walk: Walk, *, eta: float = 1.0, s_noise: float = 1.0) -> StepTable:
-    """k-diffusion's ``sample_dpmpp_3m_sde``: the SDE of Lu et al. 2022 (arXiv:2211.01095) with
-    three predictions.
+    """k-diffusion's ``sample_dpmpp_3m_sde``, after Lu et al. 2022 (arXiv:2211.01095).
 
     Order 2 (weak), see `dpmpp_multistep`, one evaluation and one draw a step, two x0 kept. The
     first step and the step to clean data are of first order, the second is "heun". Steps draw

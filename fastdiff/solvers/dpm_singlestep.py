@@ -133,11 +133,11 @@ def dpmpp_singlestep(
     s_noise: float = 1.0,
     lower_order_final: bool = True,
 ) -> StepTable:
-    """DPM-Solver++ in the data form, singlestep: Lu et al. 2022 (arXiv:2211.01095), algorithm 1,
-    and of third order as in the authors' code.
+    """Lu et al. 2022 (arXiv:2211.01095): DPM-Solver++, singlestep, algorithm 1.
 
-    `steps` counts model evaluations: a step of order k spans k intervals of the grid, evaluates at
-    each of their points, and its intermediate points are the grid's own.
+    The data form; of third order as in the authors' code. `steps` counts model evaluations: a step
+    of order k spans k intervals of the grid, evaluates at each of their points, and its
+    intermediate points are the grid's own.
 
     Order 1, 2 or 3, but at most 2 from alpha 0, where the first step is of first order; 1 (weak)
     with noise. One evaluation a grid interval, `order - 1` x0 kept; eta > 0 draws noise for each
@@ -164,13 +164,12 @@ def dpmpp_singlestep(
 def dpm_singlestep(
     walk: Walk, *, order: int = 2, solver_type: str = "midpoint", lower_order_final: bool = True
 ) -> StepTable:
-    """DPM-Solver in the noise form, singlestep: Lu et al. 2022 (arXiv:2206.00927), algorithms 1
-    and 2 (DPM-Solver-2 and -3).
+    """Lu et al. 2022 (arXiv:2206.00927): DPM-Solver-2 and -3, algorithms 1 and 2.
 
-    `steps` counts model evaluations, see `dpmpp_singlestep`. Order 1, 2 or 3, but at most 2 from
-    alpha 0. One evaluation a grid interval, no noise drawn, `order - 1` noise predictions kept.
-    Other names: singlestep_dpm_solver with "dpmsolver", DPMSolverSinglestepScheduler with
-    "dpmsolver".
+    The noise form. `steps` counts model evaluations, see `dpmpp_singlestep`. Order 1, 2 or 3, but
+    at most 2 from alpha 0. One evaluation a grid interval, no noise drawn, `order - 1` noise
+    predictions kept. Other names: singlestep_dpm_solver with "dpmsolver",
+    DPMSolverSinglestepScheduler with "dpmsolver".
 
     Args:
         order, solver_type, lower_order_final: as in `dpmpp_singlestep`.
