@@ -29,7 +29,9 @@ TREES = {
     "one level": Tree(-1.0, 3.0, 1, False),
     "deepest": Tree(0.03, 14.6, 30, False),
     "geometric": Tree(0.03, 14.6, 20, True),
-    "wide": Tree(2.0**-32, 2.0**32, 16, True),
+    "wide": Tree(2.0**-32, 2.0**32, 15, True, 64),
+    "cells": Tree(-1.0, 3.0, 6, False, 8),
+    "cells alone": Tree(-1.0, 3.0, 4, False, 16),
 }
 
 
@@ -37,6 +39,10 @@ def times_of(tree: Tree, count: int, seed: int = 0) -> list[float]:
     """Increasing times in leaves of their own, the ends and the first split among them."""
     if tree.depth == 1:
         return [tree.low, 0.5, 1.0, 2.25, tree.high]  # both leaves have one inside
+    if tree.depth < 10:  # a time in each leaf or so, and ends of cells
+        count = 2**tree.depth
+        inner = [tree.low + 4 * (i + (0.3 if i % 3 else 0.0)) / count for i in range(0, count, 3)]
+        return [*inner, tree.high]
     rng = np.random.default_rng(seed)
     u = np.sort(rng.random(count - 3))
     if tree.geometric:
@@ -81,13 +87,14 @@ def test_what_is_left_out_is_small(tree: Tree) -> None:
 
 
 @pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
-def test_an_increment_is_at_most_two_descents(tree: Tree) -> None:
+def test_an_increment_is_at_most_two_descents_and_the_cells_between(tree: Tree) -> None:
     times = times_of(tree, 14)
     for a in times:
         for b in times:
             if a != b:
                 numbers, weights = increment(tree, a, b)
-                assert len(numbers) == len(weights) <= 2 * tree.depth + 2
+                levels = tree.depth - tree.cells.bit_length() + 1
+                assert len(numbers) == len(weights) <= 2 * levels + 2 + tree.cells
                 assert (np.diff(numbers) > 0).all() and numbers[0] >= 0
                 assert numbers[-1] < 2 ** (tree.depth + 1)
                 back = increment(tree, b, a)
@@ -119,7 +126,7 @@ def test_path_is_continuous_across_a_leaf() -> None:
 # --- the law, on draws ------------------------------------------------------------------------
 
 DRAWS = 2**17
-WIDE = {"low": 2.0**-32, "high": 2.0**32, "depth": 16, "geometric": True}
+WIDE = {"low": 2.0**-32, "high": 2.0**32, "depth": 15, "geometric": True, "cells": 64}
 
 
 def _path(t0: float, t1: float, **how: Any) -> np.ndarray:
@@ -178,7 +185,7 @@ SPAN = {"t0": 0.3, "t1": 0.35, **WIDE}
 
 def plain(shape: tuple[int, ...], **how: Any) -> torch.Tensor:
     """From the readable reference, by hand."""
-    tree = Tree(how["low"], how["high"], how["depth"], how["geometric"])
+    tree = Tree(how["low"], how["high"], how["depth"], how["geometric"], how["cells"])
     numbers, weights = increment(tree, how["t0"], how["t1"])
     seeds = np.array(SEEDS, np.uint64)
     z = weighted_normals(seeds, int(np.prod(shape)), numbers, weights, Stream.BROWNIAN)
@@ -278,6 +285,8 @@ WRONG = {
     "ratio": ({"geometric": True}, ValueError, "low must be above 0 for a geometric tree, got 0"),
     "flag": ({"geometric": 1}, TypeError, "geometric must be a bool, got int"),
     "depth": ({"depth": 31}, ValueError, "depth must lie in range(1, 31), got 31"),
+    "cells": ({"cells": 3}, ValueError, "cells must be a power of two, got 3"),
+    "many cells": ({"depth": 2, "cells": 8}, ValueError, "cells must lie in range(1, 5), got 8"),
     "float depth": ({"depth": 8.0}, TypeError, "depth must be an integer, got float"),
     "stream": ({"stream": -1}, ValueError, "stream must lie in range(0, 4294967296), got -1"),
     "shape": ({"shape": 4}, TypeError, "shape must be a sequence of ints, got 4"),

@@ -13,7 +13,7 @@ from bits import assert_same_bits
 
 from fastdiff import Sampler, schedules, solvers
 from fastdiff.ops import brownian, randn, reverse_step
-from fastdiff.path_noise import DEPTH, OCTAVES, PathNoise
+from fastdiff.path_noise import PATH, PathNoise
 from fastdiff.table import Row, StepTable
 
 SCHEDULES = {
@@ -23,7 +23,6 @@ SCHEDULES = {
 }
 # one and two evaluations a step, with and without history, all that draw step noise
 STOCHASTIC = ("ddpm", "euler_ancestral", "dpmpp_2m_sde")
-PATH = {"low": 2.0**-OCTAVES, "high": 2.0**OCTAVES, "depth": DEPTH, "geometric": True}
 
 
 def _table(name: str, kind: str, steps: int, **options: Any) -> StepTable:
@@ -77,6 +76,20 @@ def test_two_draws_a_row_take_spans_of_their_own() -> None:
     first, second = (brownian([3], (6,), a, b, **PATH) for a, b in ((1.0, 4.0), (4.0, 16.0)))
     x = (noise + 0.25 * first) + 2.0 * second
     assert_same_bits(got, x + (noise + -1.0 * second))
+
+
+def test_steps_are_longer_than_leaves() -> None:
+    """Every step of DDPM's own thousand, and of four times as many, has an increment."""
+    schedule_of = {1000: schedules.linear(), 4000: schedules.linear(4000)}
+    tables = [solvers.build("ddpm", schedule, n) for n, schedule in schedule_of.items()]
+    tables += [_table("ddpm", "discrete", 1000), _table("ddpm", "zero", 1000)]
+    tables += [_table("euler_ancestral", "edm", 1000)]
+    for table in tables:
+        noise = PathNoise(table)
+        x = torch.zeros(1, 1)
+        for i in range(len(table)):
+            noise.add(i, x, None, torch.tensor([1]), None)
+        assert bool(x.isfinite())
 
 
 def test_churn_stays_as_it_is() -> None:
