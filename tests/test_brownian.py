@@ -30,6 +30,7 @@ TREES = {
     "deepest": Tree(0.03, 14.6, 30, False),
     "geometric": Tree(0.03, 14.6, 20, True),
     "wide": Tree(2.0**-32, 2.0**32, 15, True, 64),
+    "sampler": Tree(-64.0, 64.0, 16, False, 128),
     "cells": Tree(-1.0, 3.0, 6, False, 8),
     "cells alone": Tree(-1.0, 3.0, 4, False, 16),
 }

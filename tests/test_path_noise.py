@@ -47,7 +47,10 @@ def test_loop_adds_the_increments_of_its_rows(name: str, kind: str) -> None:
 
     quiet = PathNoise(table).table
     assert table.stochastic and not quiet.stochastic
-    snr = [min(max((row.alpha / row.sigma) ** 2, PATH["low"]), PATH["high"]) for row in table.rows]
+    times = [
+        max(2 * math.log2(row.alpha / row.sigma), PATH["low"]) if row.alpha else PATH["low"]
+        for row in table.rows
+    ]
     history = torch.empty(max(table.depth, 1), 2, 3, 5)
     x, drawn = noise * table.init_sigma, 0
     for i, row in enumerate(table.rows):
@@ -55,7 +58,7 @@ def test_loop_adds_the_increments_of_its_rows(name: str, kind: str) -> None:
         x = reverse_step(x, output, quiet, i, history=history)
         if "n1" in row.x:
             drawn += 1
-            w = brownian([4, 9], (3, 5), snr[i], snr[i + 1], **PATH)
+            w = brownian([4, 9], (3, 5), times[i], times[i + 1], **PATH)
             x = x + row.x["n1"] * w
     assert drawn == 6  # the last row enters clean data
     assert_same_bits(got, x)
@@ -73,7 +76,7 @@ def test_two_draws_a_row_take_spans_of_their_own() -> None:
     )  # fmt: skip
     noise = randn([3], (6,))
     got = Sampler(_zero, StepTable("two", rows), noise="brownian")(noise=noise, seeds=[3])
-    first, second = (brownian([3], (6,), a, b, **PATH) for a, b in ((1.0, 4.0), (4.0, 16.0)))
+    first, second = (brownian([3], (6,), a, b, **PATH) for a, b in ((0.0, 2.0), (2.0, 4.0)))
     x = (noise + 0.25 * first) + 2.0 * second
     assert_same_bits(got, x + (noise + -1.0 * second))
 
