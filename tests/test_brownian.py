@@ -6,6 +6,7 @@ cannot flake. Its confidence is stated.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from itertools import pairwise
@@ -20,6 +21,7 @@ from tables import Guard
 
 from fastdiff import use_backend
 from fastdiff.ops import Stream, brownian, randn
+from fastdiff.path_noise import PATH
 from fastdiff.reference.brownian import Tree, increment, weighted_normals
 from fastdiff.reference.noise import normals
 
@@ -266,6 +268,21 @@ def test_a_sample_does_not_depend_on_its_batch_or_on_threads() -> None:
         assert_same_bits(got, results[0])
     for i, seed in enumerate(SEEDS):
         assert_same_bits(brownian([seed], shape, **SPAN)[0], results[0][i])
+
+
+@pytest.mark.parametrize(
+    ("how", "digest"),
+    (
+        ({}, "0e9d84b8e3fa4547a5ddccc24418a899738376825d061c65fc444ffbf32ce2ee"),
+        (PATH, "06edf861c7832705d237fe99a748fe846a034dfecd5e0b84fa77b48e5dbcf1d4"),
+    ),
+    ids=("default", "sampler"),
+)
+def test_the_path_is_frozen(how: dict[str, Any], digest: str) -> None:
+    """If this fails, pictures of released seeds change: take a new stream number instead."""
+    parts = [brownian(range(4), (1000,), a, b, **how) for a, b in ((0.0, 0.3), (0.3, 0.4))]
+    bits = b"".join(part.numpy().astype("<f4").tobytes() for part in parts)
+    assert hashlib.sha256(bits).hexdigest() == digest
 
 
 def test_empty_batch() -> None:
