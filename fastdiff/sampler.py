@@ -228,6 +228,7 @@ class Sampler:
             if self._threshold is not None and output is not None:
                 output = self._threshold.x0(i, before, output, other, weight)
                 other, used = None, 1.0
+                variance = None if variance is None else variance.to(output.dtype)
             x = reverse_step(
                 before,
                 output,
