@@ -269,6 +269,7 @@ class Sampler:
             if self._threshold is not None and output is not None:
                 output = self._threshold.x0(i, before, output, other, weight, scale)
                 other, weight, scale = None, 1.0, None
+                variance = None if variance is None else variance.to(output.dtype)
             x = reverse_step(
                 before,
                 output,

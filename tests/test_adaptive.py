@@ -87,7 +87,7 @@ NOISE = randn([1, 2, 3], (4, 5)).double()
 
 def _allowed(tolerance: float, accepted: torch.Tensor, x: torch.Tensor) -> float:
     """Largest error of an element: a step's error is the root mean square over 20 elements of what
-    is at most tolerance * (1 + |x|), and no slope here makes an error grow more than threefold."""
+    is at most tolerance * (1 + |x|), and the slope may make an error grow threefold."""
     each = math.sqrt(20) * tolerance * (1 + float(x.abs().max()))
     return 3 * int(accepted.max()) * each
 

@@ -6,6 +6,7 @@ cannot flake. Its confidence is stated.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from itertools import pairwise
@@ -20,6 +21,7 @@ from tables import Guard
 
 from fastdiff import use_backend
 from fastdiff.ops import Stream, brownian, randn
+from fastdiff.path_noise import PATH
 from fastdiff.reference.brownian import Tree, increment, weighted_normals
 from fastdiff.reference.noise import normals
 
@@ -29,7 +31,10 @@ TREES = {
     "one level": Tree(-1.0, 3.0, 1, False),
     "deepest": Tree(0.03, 14.6, 30, False),
     "geometric": Tree(0.03, 14.6, 20, True),
-    "wide": Tree(2.0**-32, 2.0**32, 16, True),
+    "wide": Tree(2.0**-32, 2.0**32, 15, True, 64),
+    "sampler": Tree(-64.0, 64.0, 16, False, 128),
+    "cells": Tree(-1.0, 3.0, 6, False, 8),
+    "cells alone": Tree(-1.0, 3.0, 4, False, 16),
 }
 
 
@@ -37,6 +42,10 @@ def times_of(tree: Tree, count: int, seed: int = 0) -> list[float]:
     """Increasing times in leaves of their own, the ends and the first split among them."""
     if tree.depth == 1:
         return [tree.low, 0.5, 1.0, 2.25, tree.high]  # both leaves have one inside
+    if tree.depth < 10:  # a time in each leaf or so, and ends of cells
+        count = 2**tree.depth
+        inner = [tree.low + 4 * (i + (0.3 if i % 3 else 0.0)) / count for i in range(0, count, 3)]
+        return [*inner, tree.high]
     rng = np.random.default_rng(seed)
     u = np.sort(rng.random(count - 3))
     if tree.geometric:
@@ -81,13 +90,14 @@ def test_what_is_left_out_is_small(tree: Tree) -> None:
 
 
 @pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
-def test_an_increment_is_at_most_two_descents(tree: Tree) -> None:
+def test_an_increment_is_at_most_two_descents_and_the_cells_between(tree: Tree) -> None:
     times = times_of(tree, 14)
     for a in times:
         for b in times:
             if a != b:
                 numbers, weights = increment(tree, a, b)
-                assert len(numbers) == len(weights) <= 2 * tree.depth + 2
+                levels = tree.depth - tree.cells.bit_length() + 1
+                assert len(numbers) == len(weights) <= 2 * levels + 2 + tree.cells
                 assert (np.diff(numbers) > 0).all() and numbers[0] >= 0
                 assert numbers[-1] < 2 ** (tree.depth + 1)
                 back = increment(tree, b, a)
@@ -119,7 +129,7 @@ def test_path_is_continuous_across_a_leaf() -> None:
 # --- the law, on draws ------------------------------------------------------------------------
 
 DRAWS = 2**17
-WIDE = {"low": 2.0**-32, "high": 2.0**32, "depth": 16, "geometric": True}
+WIDE = {"low": 2.0**-32, "high": 2.0**32, "depth": 15, "geometric": True, "cells": 64}
 
 
 def _path(t0: float, t1: float, **how: Any) -> np.ndarray:
@@ -178,7 +188,7 @@ SPAN = {"t0": 0.3, "t1": 0.35, **WIDE}
 
 def plain(shape: tuple[int, ...], **how: Any) -> torch.Tensor:
     """From the readable reference, by hand."""
-    tree = Tree(how["low"], how["high"], how["depth"], how["geometric"])
+    tree = Tree(how["low"], how["high"], how["depth"], how["geometric"], how["cells"])
     numbers, weights = increment(tree, how["t0"], how["t1"])
     seeds = np.array(SEEDS, np.uint64)
     z = weighted_normals(seeds, int(np.prod(shape)), numbers, weights, Stream.BROWNIAN)
@@ -260,6 +270,21 @@ def test_a_sample_does_not_depend_on_its_batch_or_on_threads() -> None:
         assert_same_bits(brownian([seed], shape, **SPAN)[0], results[0][i])
 
 
+@pytest.mark.parametrize(
+    ("how", "digest"),
+    (
+        ({}, "0e9d84b8e3fa4547a5ddccc24418a899738376825d061c65fc444ffbf32ce2ee"),
+        (PATH, "06edf861c7832705d237fe99a748fe846a034dfecd5e0b84fa77b48e5dbcf1d4"),
+    ),
+    ids=("default", "sampler"),
+)
+def test_the_path_is_frozen(how: dict[str, Any], digest: str) -> None:
+    """If this fails, pictures of released seeds change: take a new stream number instead."""
+    parts = [brownian(range(4), (1000,), a, b, **how) for a, b in ((0.0, 0.3), (0.3, 0.4))]
+    bits = b"".join(part.numpy().astype("<f4").tobytes() for part in parts)
+    assert hashlib.sha256(bits).hexdigest() == digest
+
+
 def test_empty_batch() -> None:
     assert brownian([], (3, 4), 0.1, 0.2).shape == (0, 3, 4)
     assert brownian(SEEDS, (3, 0), 0.1, 0.2).shape == (3, 3, 0)
@@ -278,6 +303,8 @@ WRONG = {
     "ratio": ({"geometric": True}, ValueError, "low must be above 0 for a geometric tree, got 0"),
     "flag": ({"geometric": 1}, TypeError, "geometric must be a bool, got int"),
     "depth": ({"depth": 31}, ValueError, "depth must lie in range(1, 31), got 31"),
+    "cells": ({"cells": 3}, ValueError, "cells must be a power of two, got 3"),
+    "many cells": ({"depth": 2, "cells": 8}, ValueError, "cells must lie in range(1, 5), got 8"),
     "float depth": ({"depth": 8.0}, TypeError, "depth must be an integer, got float"),
     "stream": ({"stream": -1}, ValueError, "stream must lie in range(0, 4294967296), got -1"),
     "shape": ({"shape": 4}, TypeError, "shape must be a sequence of ints, got 4"),

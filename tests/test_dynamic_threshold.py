@@ -242,6 +242,18 @@ def test_image_depends_on_its_seed_alone() -> None:
     assert_same_bits(sampler((3, 4, 4), seeds=[5]), sampler((3, 4, 4), seeds=[4, 5, 6])[1:2])
 
 
+def test_learned_variance_of_a_16_bit_model() -> None:
+    def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return torch.cat([torch.sin(3 * x), 0.1 * x], dim=1)
+
+    table = solvers.build("ddpm", schedules.linear(), 4, variance="learned_range")
+    results = [
+        Sampler(model, table, dtype=torch.bfloat16, **how)((3, 4, 4), seeds=[1])
+        for how in ({"clip": 1.0}, {"thresholding": (0.9, 1.0)})
+    ]
+    assert_same_bits(results[1], results[0])
+
+
 def test_sampler_errors() -> None:
     table = solvers.build("ddim", schedules.scaled_linear(), 2)
     with pytest.raises(ValueError, match="clip must be None with thresholding, got 1"):

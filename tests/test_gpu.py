@@ -16,7 +16,14 @@ from tables import random_inputs, random_table, walk
 
 from fastdiff import randn, use_backend
 from fastdiff.backends import Implementation, unavailable
-from fastdiff.ops import OPS, _native, guidance_rescale, reparameterize, reverse_step
+from fastdiff.ops import (
+    OPS,
+    _native,
+    brownian,
+    guidance_rescale,
+    reparameterize,
+    reverse_step,
+)
 from fastdiff.reference.guidance_rescale import guidance_rescale as exact_rescale
 from fastdiff.reference.reparameterize import reparameterize as exact_reparameterize
 
@@ -93,6 +100,19 @@ def test_noise_channels_last(backend: str, size: tuple[int, ...]) -> None:
     with use_backend(backend):
         randn([1, 2, 3], size, out=out)
     assert_same_bits(out, randn([1, 2, 3], size))
+
+
+@pytest.mark.parametrize("dtype", (F32, BF16), ids=str)
+@pytest.mark.parametrize("size", ((1,), (5,), (1025,), (3, 5, 7), (8, 64, 64)), ids=str)
+def test_brownian(backend: str, size: tuple[int, ...], dtype: torch.dtype) -> None:
+    for fmt in (PLAIN, LAST) if len(size) == 3 else (PLAIN,):
+        out = torch.empty(3, *size, device="cuda", dtype=dtype).contiguous(memory_format=fmt)
+        x = torch.linspace(-1, 1, out.numel()).view(out.shape)
+        with use_backend(backend):
+            brownian([1, 2, 2**64 - 1], size, 0.3, 0.4, out=out)
+            added = brownian([1, 2, 3], size, 0.3, 0.4, add_to=x.cuda(), scale=0.7)
+        assert_same_bits(out, brownian([1, 2, 2**64 - 1], size, 0.3, 0.4, dtype=dtype))
+        assert_same_bits(added, brownian([1, 2, 3], size, 0.3, 0.4, add_to=x, scale=0.7))
 
 
 def test_noise_of_more_than_2_31_elements(backend: str) -> None:

@@ -13,7 +13,7 @@ from bits import assert_same_bits
 
 from fastdiff import Sampler, schedules, solvers
 from fastdiff.ops import brownian, randn, reverse_step
-from fastdiff.path_noise import DEPTH, OCTAVES, PathNoise
+from fastdiff.path_noise import PATH, PathNoise
 from fastdiff.table import Row, StepTable
 
 SCHEDULES = {
@@ -23,7 +23,6 @@ SCHEDULES = {
 }
 # one and two evaluations a step, with and without history, all that draw step noise
 STOCHASTIC = ("ddpm", "euler_ancestral", "dpmpp_2m_sde")
-PATH = {"low": 2.0**-OCTAVES, "high": 2.0**OCTAVES, "depth": DEPTH, "geometric": True}
 
 
 def _table(name: str, kind: str, steps: int, **options: Any) -> StepTable:
@@ -48,7 +47,10 @@ def test_loop_adds_the_increments_of_its_rows(name: str, kind: str) -> None:
 
     quiet = PathNoise(table).table
     assert table.stochastic and not quiet.stochastic
-    snr = [min(max((row.alpha / row.sigma) ** 2, PATH["low"]), PATH["high"]) for row in table.rows]
+    times = [
+        max(2 * math.log2(row.alpha / row.sigma), PATH["low"]) if row.alpha else PATH["low"]
+        for row in table.rows
+    ]
     history = torch.empty(max(table.depth, 1), 2, 3, 5)
     x, drawn = noise * table.init_sigma, 0
     for i, row in enumerate(table.rows):
@@ -56,7 +58,7 @@ def test_loop_adds_the_increments_of_its_rows(name: str, kind: str) -> None:
         x = reverse_step(x, output, quiet, i, history=history)
         if "n1" in row.x:
             drawn += 1
-            w = brownian([4, 9], (3, 5), snr[i], snr[i + 1], **PATH)
+            w = brownian([4, 9], (3, 5), times[i], times[i + 1], **PATH)
             x = x + row.x["n1"] * w
     assert drawn == 6  # the last row enters clean data
     assert_same_bits(got, x)
@@ -74,9 +76,23 @@ def test_two_draws_a_row_take_spans_of_their_own() -> None:
     )  # fmt: skip
     noise = randn([3], (6,))
     got = Sampler(_zero, StepTable("two", rows), noise="brownian")(noise=noise, seeds=[3])
-    first, second = (brownian([3], (6,), a, b, **PATH) for a, b in ((1.0, 4.0), (4.0, 16.0)))
+    first, second = (brownian([3], (6,), a, b, **PATH) for a, b in ((0.0, 2.0), (2.0, 4.0)))
     x = (noise + 0.25 * first) + 2.0 * second
     assert_same_bits(got, x + (noise + -1.0 * second))
+
+
+def test_steps_are_longer_than_leaves() -> None:
+    """Every step of DDPM's own thousand, and of four times as many, has an increment."""
+    schedule_of = {1000: schedules.linear(), 4000: schedules.linear(4000)}
+    tables = [solvers.build("ddpm", schedule, n) for n, schedule in schedule_of.items()]
+    tables += [_table("ddpm", "discrete", 1000), _table("ddpm", "zero", 1000)]
+    tables += [_table("euler_ancestral", "edm", 1000)]
+    for table in tables:
+        noise = PathNoise(table)
+        x = torch.zeros(1, 1)
+        for i in range(len(table)):
+            noise.add(i, x, None, torch.tensor([1]), None)
+        assert bool(x.isfinite())
 
 
 def test_churn_stays_as_it_is() -> None:

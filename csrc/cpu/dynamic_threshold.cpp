@@ -2,8 +2,8 @@
 //
 // Without its sign bit a float32 is ordered as its bits are, so an order statistic is found by
 // counting: a histogram of the upper 12 bits, the elements of the one bucket that matters written
-// side by side, and the same again among them. Two passes over memory, and one to limit; a sort
-// takes 20. The result does not depend on the number of threads: it is exact.
+// side by side, and the same again among them. Two passes over memory, and one to limit. The
+// result does not depend on the number of threads: it is exact.
 #include "../normal.h"
 
 #include "kernels.h"

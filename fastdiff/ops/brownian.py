@@ -23,6 +23,7 @@ from fastdiff.ops.noise import Stream, as_seeds
 from fastdiff.reference.brownian import Tree, increment, weighted_normals
 
 _DEPTHS = range(1, 31)
+_MOST_CELLS = 4096
 
 
 class Increment(NamedTuple):
@@ -141,7 +142,7 @@ def _integer(name: str, value: Any, limit: range) -> int:
     return int(value)
 
 
-def _check_tree(low: Any, high: Any, depth: Any, geometric: Any) -> Tree:
+def _check_tree(low: Any, high: Any, depth: Any, geometric: Any, cells: Any) -> Tree:
     low, high = _number("low", low), _number("high", high)
     if not isinstance(geometric, bool):
         raise TypeError(f"brownian: geometric must be a bool, got {type(geometric).__name__}")
@@ -149,7 +150,11 @@ def _check_tree(low: Any, high: Any, depth: Any, geometric: Any) -> Tree:
         raise ValueError(f"brownian: high must be above low, got {high} for {low}")
     if geometric and low <= 0:
         raise ValueError(f"brownian: low must be above 0 for a geometric tree, got {low}")
-    return Tree(low, high, _integer("depth", depth, _DEPTHS), geometric)
+    depth = _integer("depth", depth, _DEPTHS)
+    cells = _integer("cells", cells, range(1, min(1 << depth, _MOST_CELLS) + 1))
+    if cells & (cells - 1):
+        raise ValueError(f"brownian: cells must be a power of two, got {cells}")
+    return Tree(low, high, depth, geometric, cells)
 
 
 def _check_x(x: Any, scale: Any, dtype: torch.dtype) -> None:
@@ -174,6 +179,7 @@ def prepare(
     high: float = 1.0,
     depth: int = 20,
     geometric: bool = False,
+    cells: int = 1,
     stream: int = Stream.BROWNIAN,
     add_to: torch.Tensor | None = None,
     scale: float = 1.0,
@@ -182,7 +188,7 @@ def prepare(
     out: torch.Tensor | None = None,
 ) -> Increment:
     """The arguments of `brownian`, checked, with its output allocated."""
-    tree = _check_tree(low, high, depth, geometric)
+    tree = _check_tree(low, high, depth, geometric, cells)
     t0, t1, scale = _number("t0", t0), _number("t1", t1), _number("scale", scale)
     for name, t in (("t0", t0), ("t1", t1)):
         if not tree.low <= t <= tree.high:
@@ -237,6 +243,7 @@ def brownian(
     high: float = 1.0,
     depth: int = 20,
     geometric: bool = False,
+    cells: int = 1,
     stream: int = Stream.BROWNIAN,
     add_to: torch.Tensor | None = None,
     scale: float = 1.0,
@@ -261,6 +268,9 @@ def brownian(
         depth: levels of the tree, 1 to 30; a leaf is (high - low) / 2**depth long. Another depth
             is another path inside the leaves of the smaller one only.
         geometric: split at geometric means, 0 < low: leaves of equal ratio.
+        cells: a power of two up to 2**depth and 4096: the path is drawn as so many increments
+            first, and a tree inside each. Increments that are about a cell long then take the
+            fewest draws. Another number is another path.
         stream: what the draw is for (`Stream`), in [0, 2**32).
         add_to: (n, *shape) float32: the result is ``add_to + scale * increment``.
         scale: with ``add_to``.
@@ -284,6 +294,7 @@ def brownian(
         high=high,
         depth=depth,
         geometric=geometric,
+        cells=cells,
         stream=stream,
         add_to=add_to,
         scale=scale,

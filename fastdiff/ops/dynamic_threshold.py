@@ -1,8 +1,8 @@
 """Dynamic thresholding: a quantile of each sample, and the sample limited and divided by it.
 
 Saharia et al. 2022 (arXiv:2205.11487), section 2.3. The quantile is exact and by counting, not by a
-sort. On the CPU in C++; a GPU runs the reference, which is two selections by `torch.kthvalue` and
-two elementwise kernels: once a step, on a tensor of a few megabytes, it is no hot spot there.
+sort, in C++ on the CPU. A GPU runs the reference, which is two selections by `torch.kthvalue` and a
+few elementwise kernels; what a kernel of its own would gain there has not been measured.
 """
 
 from __future__ import annotations
