@@ -125,7 +125,7 @@ DERIVED = {
     "res_multistep_ancestral": ("res_multistep_ancestral", {}, (5, 5, 1, True)),
 }
 ANCHORED = {"unipc", "sa_solver", "sa_solver_pece", "dpmpp_sde", "dpmpp_sde-late", "heunpp2"}
-REPEATS = {"sa_solver_pece", "heunpp2"}  # two evaluations at one level before h0 is read
+REPEATS = {"heunpp2"}  # looks a level ahead before h0 is read
 
 
 @pytest.mark.parametrize("case", DERIVED)
