@@ -23,8 +23,9 @@ def heunpp2(
 
     Order 1, whatever its evaluations: the weights are not those of a quadrature. Three evaluations
     a step, two in the last but one, one in the last; two slopes and the state at the step's start
-    kept. The level is t on a flow, elsewhere sigma/alpha. Where that is infinite the step is
-    Euler's, and the next level is taken for the first. Churn as in `euler`.
+    kept. The slope is that of Karras et al. 2022 (arXiv:2206.00364), the level t on a flow and
+    sigma/alpha elsewhere; where that is infinite the step is Euler's, and the next level is taken
+    for the first. Churn as in `euler`. Other names: Heun++.
 
     Args:
         s_churn, s_tmin, s_tmax, s_noise: as in `Churn`.

@@ -39,11 +39,12 @@ def res_multistep(walk: Walk) -> StepTable:
 
 
 def res_multistep_ancestral(walk: Walk, *, eta: float = 1.0, s_noise: float = 1.0) -> StepTable:
-    """`res_multistep` to a lower level, then fresh noise up to the next, as ComfyUI's
-    ``sample_res_multistep_ancestral`` has it.
+    """`res_multistep` (arXiv:2308.02157) to a lower level, then fresh noise up to the next, as
+    ComfyUI has it.
 
     Order 2 (with noise weak, measured on Gaussian data), one evaluation and one draw a step, one x0
-    kept. The last prediction is placed by the distance its own step went down.
+    kept. The last prediction is placed by the distance its own step went down. Other names:
+    sample_res_multistep_ancestral.
 
     Args:
         eta: share of fresh noise, at least 0; capped as in `euler_ancestral`.

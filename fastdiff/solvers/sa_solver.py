@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from fastdiff.solvers._checks import flag, number
 from fastdiff.solvers._phi import adams
@@ -45,6 +46,49 @@ def _interval(walk: Walk, start: float | None, end: float | None) -> tuple[float
     return high, low
 
 
+def _one_of(name: str, value: int, allowed: tuple[int, ...]) -> None:
+    if isinstance(value, bool) or value not in allowed:
+        raise ValueError(f"build: {name} of sa_solver must be one of {allowed}, got {value!r}")
+
+
+def _lay(
+    walk: Walk,
+    steps: list[Step],
+    dirty: int,
+    update: Callable[[int, bool], tuple[float, list[float], float]],
+    corrects: bool,
+    twice: bool,
+) -> None:
+    """Rows of the `dirty` first steps, and one to clean data where there is one more.
+
+    In PEC a row corrects the state it is given and predicts from it; in PECE it corrects, and the
+    next evaluates and predicts.
+    """
+    base, drawn = {"x": 1.0}, 0
+    for i, step in enumerate(steps):
+        again: tuple[tuple[int, int], ...] = ()
+        if i and corrects:
+            gain, weights, up = update(i - 1, True)
+            base = {"y": gain, "d": weights[0]} | {f"h{k}": w for k, w in enumerate(weights[1:])}
+            if up:
+                base["n1"], again = up, ((STEP, drawn),)
+            if twice:
+                walk.evaluate(step.now, base, draws=again)
+                base, again = {"x": 1.0}, ()
+        if i == dirty:
+            walk.evaluate(step.now, {"d": step.next.alpha})
+            break
+        gain, weights, up = update(i, False)
+        older = {f"h{k}": w for k, w in enumerate(weights[1:])}
+        x = combine((gain, base), (weights[0], {"d": 1.0}), (1.0, older))
+        drawn = len(walk.rows)
+        if up:
+            x[f"n{len(again) + 1}"] = up
+            again = (*again, (STEP, drawn))
+        needed = corrects and i + 1 < len(steps)
+        walk.evaluate(step.now, x, y=base if needed else None, draws=again, push=True)
+
+
 def sa_solver(
     walk: Walk,
     *,
@@ -62,7 +106,7 @@ def sa_solver(
 
     One evaluation a step (PEC) or two (PECE), one draw a step where tau is not 0; the corrector
     draws the predictor's noise again. Up to three predictions and the last corrected state kept.
-    The order is min(predictor_order + 1, corrector_order), without a corrector predictor_order, and
+    Order min(predictor_order + 1, corrector_order), without a corrector predictor_order, and
     at most 2 with noise (weak, measured on Gaussian data), from alpha = 0, or where a last step is
     of order 1; these limits may show only at hundreds of steps. The step to clean data returns the
     x0 prediction, and `lower_order_final` counts to the step before it. Other names:
@@ -80,12 +124,8 @@ def sa_solver(
         pece: evaluate the corrected state too.
         lower_order_final: let the orders fall over the last steps.
     """
-    for name, value, allowed in (
-        ("predictor_order", predictor_order, (1, 2, 3)),
-        ("corrector_order", corrector_order, (0, 2, 3, 4)),
-    ):
-        if isinstance(value, bool) or value not in allowed:
-            raise ValueError(f"build: {name} of sa_solver must be one of {allowed}, got {value!r}")
+    _one_of("predictor_order", predictor_order, (1, 2, 3))
+    _one_of("corrector_order", corrector_order, (0, 2, 3, 4))
     tau, s_noise = number("tau", tau, 0.0), number("s_noise", s_noise, 0.0)
     simple, twice = flag("simple_order_2", simple_order_2), flag("pece", pece)
     falls = flag("lower_order_final", lower_order_final)
@@ -95,36 +135,11 @@ def sa_solver(
 
     def update(i: int, corrects: bool) -> tuple[float, list[float], float]:
         order, seen = (corrector_order, i + 2) if corrects else (predictor_order, i + 1)
-        if falls:
-            order = min(order, dirty - i + corrects)
+        count = min(order, seen, dirty - i + corrects if falls else seen)
         strength = tau if low <= steps[i].now.time <= high else 0.0
-        count = min(order, seen)
         return _update(steps[: i + 1], count, strength, s_noise, simple, corrects=corrects)
 
-    base, drawn = {"x": 1.0}, 0
-    for i, step in enumerate(steps):
-        again: tuple[tuple[int, int], ...] = ()
-        if i and corrector_order:
-            gain, weights, up = update(i - 1, corrects=True)
-            terms = {f"h{k}": w for k, w in enumerate(weights[1:])} | {"d": weights[0]}
-            base = {"y": gain, **terms}
-            if up:
-                base["n1"], again = up, ((STEP, drawn),)
-            if twice:
-                walk.evaluate(step.now, base, draws=again)
-                base, again = {"x": 1.0}, ()
-        if i == dirty:
-            walk.evaluate(step.now, {"d": step.next.alpha})
-            break
-        gain, weights, up = update(i, corrects=False)
-        older = {f"h{k}": w for k, w in enumerate(weights[1:])}
-        x = combine((gain, base), (weights[0], {"d": 1.0}), (1.0, older))
-        drawn = len(walk.rows)
-        if up:
-            x[f"n{len(again) + 1}"] = up
-            again = (*again, (STEP, drawn))
-        needed = corrector_order and i + 1 < len(steps)
-        walk.evaluate(step.now, x, y=base if needed else None, draws=again, push=True)
+    _lay(walk, steps, dirty, update, corrector_order > 0, twice)
     full = min(predictor_order + 1, corrector_order) if corrector_order else predictor_order
     limited = falls or steps[0].now.alpha == 0 or any(row.draws for row in walk.rows)
     return walk.table("sa_solver", min(full, 2) if limited else full)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from fastdiff.solvers._checks import choice, flag, number
 from fastdiff.solvers._phi import adams
@@ -56,6 +57,36 @@ def combine(*parts: tuple[float, dict[str, float]]) -> dict[str, float]:
     return total
 
 
+def _lay(
+    walk: Walk,
+    steps: list[Step],
+    orders: list[int],
+    solver_type: str,
+    predict_x0: bool,
+    corrects: Callable[[int], bool],
+) -> None:
+    """A row a step: the corrected state of the step before goes to y, what it predicts to x."""
+    for i, step in enumerate(steps):
+        e, f = (0.0, 1.0) if predict_x0 else epsilon(step.now)
+        current = {"x": e, "d": f} if e else {"d": f}
+        base = {"x": 1.0}
+        if i and corrects(i - 1):
+            gain, weights = _update(
+                steps[:i], orders[i - 1], solver_type, predict_x0, corrects=True
+            )
+            older = {f"h{k}": w for k, w in enumerate(weights[1:])}
+            base = combine((gain, {"y": 1.0}), (weights[0], current), (1.0, older))
+        if step.next.sigma == 0:
+            walk.evaluate(step.now, {"d": step.next.alpha})
+            break
+        gain, weights = _update(steps[: i + 1], orders[i], solver_type, predict_x0, corrects=False)
+        older = {f"h{k}": w for k, w in enumerate(weights[1:])}
+        x = combine((gain, base), (weights[0], current), (1.0, older))
+        walk.evaluate(
+            step.now, x, y=base if corrects(i) else None, push=True if predict_x0 else (e, f)
+        )
+
+
 def unipc(
     walk: Walk,
     *,
@@ -69,8 +100,8 @@ def unipc(
     """Zhao et al. 2023 (arXiv:2302.04867), algorithms 1 and 2 with B(h) of section 3.1.
 
     One evaluation a step, no noise, `order` predictions and the last corrected state kept: the
-    evaluation that corrects a step predicts the next. The order of accuracy is `order`, with the
-    corrector one more. Two things limit it to 2, though they show late, at hundreds of steps: a
+    evaluation that corrects a step predicts the next. Order of accuracy `order`, with the corrector
+    one more. Two things limit it to 2, though they show late, at hundreds of steps: a
     last step of order 1 (`lower_order_final`), and a start at alpha = 0. The step to clean data
     returns the x0 prediction. Other names: UniPCMultistepScheduler, uni_pc, uni_pc_bh2.
 
@@ -97,25 +128,8 @@ def unipc(
         last = i == len(steps) - 1 or not corrector or i in disabled
         return not last and (solver_type == "bh2" or math.isfinite(steps[i].h))
 
-    before = 1
-    for i, step in enumerate(steps):
-        e, f = (0.0, 1.0) if predict_x0 else epsilon(step.now)
-        current = {"x": e, "d": f} if e else {"d": f}
-        base = {"x": 1.0}
-        if i and corrects(i - 1):
-            gain, weights = _update(steps[:i], before, solver_type, predict_x0, corrects=True)
-            older = {f"h{k}": w for k, w in enumerate(weights[1:])}
-            base = combine((gain, {"y": 1.0}), (weights[0], current), (1.0, older))
-        if step.next.sigma == 0:
-            walk.evaluate(step.now, {"d": step.next.alpha})
-            break
-        before = min(order, i + 1, len(steps) - i if falls else order)
-        gain, weights = _update(steps[: i + 1], before, solver_type, predict_x0, corrects=False)
-        older = {f"h{k}": w for k, w in enumerate(weights[1:])}
-        x = combine((gain, base), (weights[0], current), (1.0, older))
-        walk.evaluate(
-            step.now, x, y=base if corrects(i) else None, push=True if predict_x0 else (e, f)
-        )
+    orders = [min(order, i + 1, len(steps) - i if falls else order) for i in range(len(steps))]
+    _lay(walk, steps, orders, solver_type, predict_x0, corrects)
     accuracy = order + (corrector and not disabled)
     low = falls or steps[0].now.alpha == 0
     return walk.table("unipc", min(accuracy, 2) if low else accuracy)
