@@ -145,7 +145,6 @@ def _backend_of(args: argparse.Namespace, table: Any) -> str:
     x = torch.zeros(1, 1, 4, 4, device=args.device)
     seeds = torch.zeros(1, dtype=torch.int64, device=args.device)
     history = torch.zeros(max(table.depth, 1), *x.shape, device=args.device)
-    y = torch.zeros_like(x) if table.anchored else None
     with backends.use_backend(args.backend):
         answers = ops.describe(
             "reverse_step", x, x, table, 0,
