@@ -47,6 +47,7 @@ from fastdiff.solvers.inverse import (
 )
 from fastdiff.solvers.pndm import plms, pndm
 from fastdiff.solvers.res import res_multistep, res_multistep_ancestral
+from fastdiff.solvers.restart import restart
 from fastdiff.solvers.sa_solver import sa_solver
 from fastdiff.solvers.seeds import dpmpp_sde, seeds_2, seeds_3
 from fastdiff.solvers.unipc import unipc
@@ -57,7 +58,7 @@ __all__ = ["INVERSES", "PREDICTIONS", "SOLVERS", "build", "build_inverse", "buil
 
 _FAMILIES: tuple[tuple[Callable[..., StepTable], ...], ...] = (
     (ddpm, ddim),
-    (euler, euler_ancestral, heun),
+    (euler, euler_ancestral, heun, restart),
     (dpm_2, dpm_2_ancestral, dpmpp_2s_ancestral),
     (dpmpp_2m, dpmpp_2m_sde, dpmpp_multistep, dpm_multistep, dpmpp_3m_sde),
     (dpmpp_singlestep, dpm_singlestep, dpm_fast),

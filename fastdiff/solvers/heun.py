@@ -6,7 +6,7 @@ import math
 
 from fastdiff.solvers._checks import number
 from fastdiff.solvers._churn import Churn
-from fastdiff.solvers._walk import Walk
+from fastdiff.solvers._walk import Step, Walk
 from fastdiff.solvers.ddim import ancestral
 from fastdiff.table import StepTable
 
@@ -37,18 +37,21 @@ def heun(
     """
     churn = Churn(s_churn, s_tmin, s_tmax, s_noise)
     min_alpha = number("min_alpha", min_alpha, 0.0)
-    is_flow = walk.schedule.kind == "flow"
     for step in walk:
-        step = churn.before(walk, step)
-        then = step.next
-        corrected = then.sigma > 0 and (
-            is_flow or (math.isfinite(step.h) and step.now.alpha >= min_alpha)
-        )
-        walk.evaluate(step.now, ancestral(step, 0.0)[0], push=corrected)
-        if corrected:
-            if is_flow:
-                c = (step.now.sigma - then.sigma) / (2 * then.sigma)
-            else:
-                c = then.alpha * math.expm1(step.h) / 2
-            walk.evaluate(then, {"x": 1.0, "d": c, "h0": -c})
+        lay(walk, churn.before(walk, step), min_alpha)
     return walk.table("heun", 2)
+
+
+def lay(walk: Walk, step: Step, min_alpha: float) -> None:
+    """The rows of one step."""
+    is_flow, then = walk.schedule.kind == "flow", step.next
+    corrected = then.sigma > 0 and (
+        is_flow or (math.isfinite(step.h) and step.now.alpha >= min_alpha)
+    )
+    walk.evaluate(step.now, ancestral(step, 0.0)[0], push=corrected)
+    if corrected:
+        if is_flow:
+            c = (step.now.sigma - then.sigma) / (2 * then.sigma)
+        else:
+            c = then.alpha * math.expm1(step.h) / 2
+        walk.evaluate(then, {"x": 1.0, "d": c, "h0": -c})
