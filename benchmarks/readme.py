@@ -73,7 +73,10 @@ def _provenance(row: dict[str, Any]) -> str:
 
 BENCHMARKS = (
     "reverse_step.json",
+    "reverse_step_solvers.json",
     "guidance_rescale.json",
+    "brownian.json",
+    "dynamic_threshold.json",
     "noise.json",
     "reparameterize.json",
     "film_norm.json",
