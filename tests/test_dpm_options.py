@@ -11,8 +11,18 @@ from fastdiff.solvers._exponential import phi
 
 LINEAR, FLOW = schedules.linear(), schedules.flow()
 REFUSED = {
-    "order-0": ("dpmpp_multistep", {"order": 0}, ValueError, r"order must lie in \[1, 3\], got 0"),
-    "order-4": ("dpm_singlestep", {"order": 4}, ValueError, r"order must lie in \[1, 3\], got 4"),
+    "order-0": (
+        "dpmpp_multistep",
+        {"order": 0},
+        ValueError,
+        r"order must be an integer in \[1, 3\], got 0",
+    ),
+    "order-4": (
+        "dpm_singlestep",
+        {"order": 4},
+        ValueError,
+        r"order must be an integer in \[1, 3\], got 4",
+    ),
     "order-half": ("dpm_multistep", {"order": 1.5}, TypeError, "order must be an integer"),
     "order-true": ("dpm_multistep", {"order": True}, TypeError, "order must be an integer"),
     "type": ("dpmpp_singlestep", {"solver_type": "rk"}, ValueError, "solver_type must be one of"),

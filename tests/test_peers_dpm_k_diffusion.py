@@ -11,7 +11,7 @@ import torch
 from oracles_dpm_2 import get_ancestral_step
 from peers import k_sampling
 from rows import run
-from solver_cases import assert_same, draws, problem_of, start
+from solver_cases import SPACINGS, assert_same, draws, problem_of, start
 
 from fastdiff import schedules, solvers
 
@@ -72,7 +72,7 @@ def test_k_diffusion(case, name, monkeypatch):
     solver, options, _ = CASES[case]
     schedule = SCHEDULES[name]
     predictions = ("epsilon", "sample", "v_prediction" if name == "linear" else "edm")
-    spacings = schedules.SPACINGS[schedule.kind]
+    spacings = SPACINGS[schedule.kind]
     monkeypatch.setattr(sampling, "get_ancestral_step", stable_step)
     for label in product(predictions, spacings, ("zero", "sigma_min"), (1, 2, 3, 10, 50)):
         prediction, spacing, final, steps = label

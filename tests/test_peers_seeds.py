@@ -8,6 +8,7 @@ import pytest
 import torch
 from peers import fixed_draw, k_sampling, outputs_of, schedule_of
 from rows import run
+from solver_cases import SPACINGS as RAMPS
 from solver_cases import assert_same, draws, problem_of, start
 
 from fastdiff import schedules, solvers
@@ -46,7 +47,7 @@ def test_k_diffusion(case, name):
     sampling = k_sampling()
     schedule = {"linear": schedules.linear(), "edm": schedules.edm()}[name]
     for prediction in ("epsilon", "sample"):
-        for spacing in schedules.SPACINGS[schedule.kind]:
+        for spacing in RAMPS[schedule.kind]:
             for final in ("zero", "sigma_min"):
                 for steps in (1, 2, 3, 10, 50):
                     grid = schedule.points(steps, spacing, final)
