@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastdiff import ops, schedules, solvers
+from fastdiff import cli, ops
 from fastdiff.backends import BACKENDS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,20 +28,17 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 def solver_table() -> str:
     """One row a solver, from the tables themselves."""
-    rows = []
-    for name, builder in solvers.SOLVERS.items():
-        table = solvers.build(name, schedules.cosine(), 20, prediction="v_prediction")
-        source = (builder.__doc__ or "").strip().partition("\n")[0].rstrip(".")
-        rows.append(
-            [
-                f"`{name}`",
-                str(table.order),
-                str(table.nfe),
-                "yes" if table.stochastic else "no",
-                str(table.depth),
-                source,
-            ]
-        )
+    rows = [
+        [
+            f"`{name}`",
+            str(table.order),
+            str(table.nfe),
+            "yes" if table.stochastic else "no",
+            str(table.depth),
+            source,
+        ]
+        for name, table, source in cli.overview()
+    ]
     head = ["solver", "order", "evaluations at 20 steps", "noise", "history", "source"]
     return _table(head, rows)
 

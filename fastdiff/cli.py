@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from fastdiff import backends, checkpoints, ops, schedules, solvers
 from fastdiff.data import save_grid
 from fastdiff.ops import _native
 from fastdiff.sampler import Sampler
+from fastdiff.table import StepTable
 from fastdiff.version import __version__
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -153,20 +154,24 @@ def _backend_of(args: argparse.Namespace, table: Any) -> str:
     return next(name for name, answer in answers.items() if answer == "chosen")
 
 
-def list_solvers(args: argparse.Namespace) -> int:
-    """A line a solver: what it costs and needs."""
-    kinds = schedules.cosine(), schedules.edm(), schedules.flow()
-    print(f"{'solver':<18}{'order':>6}{'NFE at 20 steps':>17}{'noise':>7}{'history':>9}  source")
+def overview() -> Iterator[tuple[str, StepTable, str]]:
+    """Name, table of 20 steps and source of every solver, on the first schedule that it takes."""
     for name, builder in solvers.SOLVERS.items():
-        for schedule in kinds:  # the first on which the solver is defined
+        for schedule in (schedules.cosine(), schedules.edm(), schedules.flow()):
             try:
                 table = solvers.build(name, schedule, 20, prediction="sample")
             except ValueError:
                 continue
+            yield name, table, (builder.__doc__ or "").strip().partition("\n")[0].rstrip(".")
             break
-        source = (builder.__doc__ or "").strip().partition("\n")[0]
+
+
+def list_solvers(args: argparse.Namespace) -> int:
+    """A line a solver: what it costs and needs."""
+    print(f"{'solver':<27}{'order':>6}{'NFE at 20 steps':>17}{'noise':>7}{'history':>9}  source")
+    for name, table, source in overview():
         print(
-            f"{name:<18}{table.order:>6}{table.nfe:>17}"
+            f"{name:<27}{table.order:>6}{table.nfe:>17}"
             f"{'yes' if table.stochastic else 'no':>7}{table.depth:>9}  {source}"
         )
     return 0
