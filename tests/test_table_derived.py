@@ -49,7 +49,7 @@ DERIVED = {
     "res_multistep": ("res_multistep", {}, (5, 5, 1, False)),
     "res_multistep_ancestral": ("res_multistep_ancestral", {}, (5, 5, 1, True)),
 }
-ANCHORED = {"unipc", "sa_solver", "sa_solver_pece", "dpmpp_sde", "dpmpp_sde-late", "heunpp2"}
+ANCHORED = {"dpmpp_sde", "dpmpp_sde-late", "heunpp2"}
 REPEATS = {"heunpp2"}  # looks a level ahead before h0 is read
 
 

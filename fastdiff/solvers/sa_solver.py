@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from fastdiff.solvers._checks import flag, number
 from fastdiff.solvers._phi import adams
-from fastdiff.solvers._walk import STEP, Step, Walk
-from fastdiff.solvers.unipc import combine, reach
+from fastdiff.solvers._walk import Step, Walk
+from fastdiff.solvers.unipc import combine, past, reach
 from fastdiff.table import StepTable
 
 # where tau is not 0 by default, as times of the kind: the authors' choice
@@ -62,31 +62,26 @@ def _lay(
     """Rows of the `dirty` first steps, and one to clean data where there is one more.
 
     In PEC a row corrects the state it is given and predicts from it; in PECE it corrects, and the
-    next evaluates and predicts.
+    next evaluates and predicts. Predictor and corrector of a step share the state that they start
+    from, its gain and the noise, so the corrected state is the predicted one plus the change of the
+    predictions' weights: neither that state nor the noise is wanted again.
     """
-    base, drawn = {"x": 1.0}, 0
+    guess: dict[str, float] = {}
     for i, step in enumerate(steps):
-        again: tuple[tuple[int, int], ...] = ()
+        base = {"x": 1.0}
         if i and corrects:
-            gain, weights, up = update(i - 1, True)
-            base = {"y": gain, "d": weights[0]} | {f"h{k}": w for k, w in enumerate(weights[1:])}
-            if up:
-                base["n1"], again = up, ((STEP, drawn),)
+            _, weights, _ = update(i - 1, True)
+            base = combine((1.0, base | {"d": weights[0]}), (1.0, past(weights[1:])), (-1.0, guess))
             if twice:
-                walk.evaluate(step.now, base, draws=again)
-                base, again = {"x": 1.0}, ()
+                walk.evaluate(step.now, base)
+                base = {"x": 1.0}
         if i == dirty:
             walk.evaluate(step.now, {"d": step.next.alpha})
             break
         gain, weights, up = update(i, False)
-        older = {f"h{k}": w for k, w in enumerate(weights[1:])}
-        x = combine((gain, base), (weights[0], {"d": 1.0}), (1.0, older))
-        drawn = len(walk.rows)
-        if up:
-            x[f"n{len(again) + 1}"] = up
-            again = (*again, (STEP, drawn))
-        needed = corrects and i + 1 < len(steps)
-        walk.evaluate(step.now, x, y=base if needed else None, draws=again, push=True)
+        x = combine((gain, base), (weights[0], {"d": 1.0}), (1.0, past(weights[1:])))
+        walk.evaluate(step.now, x, noise=up, push=True)
+        guess = past(weights)
 
 
 def sa_solver(
@@ -104,8 +99,8 @@ def sa_solver(
 ) -> StepTable:
     """Xue et al. 2023 (arXiv:2309.05019), algorithm 1, in its x0 form.
 
-    One evaluation a step (PEC) or two (PECE), one draw a step where tau is not 0; the corrector
-    draws the predictor's noise again. Up to three predictions and the last corrected state kept.
+    One evaluation a step (PEC) or two (PECE), one draw a step where tau is not 0. Up to three
+    predictions kept.
     Order min(predictor_order + 1, corrector_order), without a corrector predictor_order, and
     at most 2 with noise (weak, measured on Gaussian data), from alpha = 0, or where a last step is
     of order 1; these limits may show only at hundreds of steps. The step to clean data returns the

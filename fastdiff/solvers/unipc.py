@@ -48,6 +48,11 @@ def _update(
     return gain, weights
 
 
+def past(weights: list[float]) -> dict[str, float]:
+    """Coefficients of predictions that were pushed, the newest first."""
+    return {f"h{k}": w for k, w in enumerate(weights)}
+
+
 def combine(*parts: tuple[float, dict[str, float]]) -> dict[str, float]:
     """A sum of rows of coefficients, each times a number."""
     total: dict[str, float] = {}
@@ -65,26 +70,29 @@ def _lay(
     predict_x0: bool,
     corrects: Callable[[int], bool],
 ) -> None:
-    """A row a step: the corrected state of the step before goes to y, what it predicts to x."""
+    """A row a step.
+
+    Predictor and corrector of a step start from one state with one gain, so the corrected state is
+    the predicted one, which the model has just seen, plus the change of the predictions' weights:
+    the state before needs no memory of its own.
+    """
+    guess: dict[str, float] = {}
     for i, step in enumerate(steps):
         e, f = (0.0, 1.0) if predict_x0 else epsilon(step.now)
         current = {"x": e, "d": f} if e else {"d": f}
         base = {"x": 1.0}
         if i and corrects(i - 1):
-            gain, weights = _update(
-                steps[:i], orders[i - 1], solver_type, predict_x0, corrects=True
+            _, weights = _update(steps[:i], orders[i - 1], solver_type, predict_x0, corrects=True)
+            base = combine(
+                (1.0, base), (weights[0], current), (1.0, past(weights[1:])), (-1.0, guess)
             )
-            older = {f"h{k}": w for k, w in enumerate(weights[1:])}
-            base = combine((gain, {"y": 1.0}), (weights[0], current), (1.0, older))
         if step.next.sigma == 0:
             walk.evaluate(step.now, {"d": step.next.alpha})
             break
         gain, weights = _update(steps[: i + 1], orders[i], solver_type, predict_x0, corrects=False)
-        older = {f"h{k}": w for k, w in enumerate(weights[1:])}
-        x = combine((gain, base), (weights[0], current), (1.0, older))
-        walk.evaluate(
-            step.now, x, y=base if corrects(i) else None, push=True if predict_x0 else (e, f)
-        )
+        x = combine((gain, base), (weights[0], current), (1.0, past(weights[1:])))
+        walk.evaluate(step.now, x, push=True if predict_x0 else (e, f))
+        guess = past(weights)
 
 
 def unipc(
@@ -99,8 +107,8 @@ def unipc(
 ) -> StepTable:
     """Zhao et al. 2023 (arXiv:2302.04867), algorithms 1 and 2 with B(h) of section 3.1.
 
-    One evaluation a step, no noise, `order` predictions and the last corrected state kept: the
-    evaluation that corrects a step predicts the next. Order of accuracy `order`, with the corrector
+    One evaluation a step, no noise, `order` predictions kept: the evaluation that corrects a step
+    predicts the next. Order of accuracy `order`, with the corrector
     one more. Two things limit it to 2, though they show late, at hundreds of steps: a
     last step of order 1 (`lower_order_final`), and a start at alpha = 0. The step to clean data
     returns the x0 prediction. Other names: UniPCMultistepScheduler, uni_pc, uni_pc_bh2.
