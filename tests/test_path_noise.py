@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from bits import assert_same_bits
+from solver_cases import home
 
 from fastdiff import Sampler, schedules, solvers
-from fastdiff.ops import brownian, randn, reverse_step
+from fastdiff.ops import Stream, brownian, randn, reverse_step
 from fastdiff.path_noise import PATH, PathNoise
 from fastdiff.table import Row, StepTable
 
@@ -21,7 +22,7 @@ SCHEDULES = {
     "edm": schedules.edm(),
     "zero": schedules.rescale_zero_terminal_snr(schedules.linear()),
 }
-# one and two evaluations a step, with and without history, all that draw step noise
+# one draw a row, without and with history; the others run in the test of all solvers below
 STOCHASTIC = ("ddpm", "euler_ancestral", "dpmpp_2m_sde")
 
 
@@ -194,3 +195,28 @@ def test_errors() -> None:
     message = re.escape("goes back in time or draws twice for one span, got 'brownian' for back")
     with pytest.raises(ValueError, match=message):
         Sampler(_zero, back, noise="brownian")
+
+
+@pytest.mark.parametrize("name", solvers.SOLVERS)
+def test_every_solver_with_noise_takes_it_from_the_path(name: str) -> None:
+    """Two draws a row, earlier draws again and noise in the anchor included."""
+    schedule, prediction = home(name)
+    table = solvers.build(name, schedule, 6, prediction=prediction)
+    given = {"label": torch.zeros(2)} if any(need.uncond for need in table.needs) else {}
+
+    def model(x: torch.Tensor, t: torch.Tensor, label: torch.Tensor | None = None) -> torch.Tensor:
+        return x * 0.5
+
+    def run(seeds: list[int], noise: str) -> torch.Tensor:
+        some = {k: v[: len(seeds)] for k, v in given.items()}
+        start = randn([3] * len(seeds), (2, 5))
+        sampler = Sampler(model, table, noise=noise)
+        return sampler(noise=start, seeds=seeds, cond=some, uncond=some)
+
+    both = run([1, 2], "brownian")
+    assert bool(both.isfinite().all())
+    assert_same_bits(run([2], "brownian")[0], both[1])
+    assert torch.equal(both[0], both[1]) != table.stochastic
+    # churn keeps its own stream
+    steps = any(stream == Stream.STEP for row in table.rows for stream, _ in row.draws)
+    assert torch.equal(both, run([1, 2], "counter")) != steps

@@ -291,7 +291,7 @@ def reverse_step(
         clip: bound of the converted prediction, a number or (N,) float32; None or a negative
             bound of a sample: no clipping.
         variance: (N, *S) the model's variance output, for rows with a learned variance.
-        y: (N, *S) anchor state, float32, updated in place; for two-output rows.
+        y: (N, *S) anchor state, float32, updated in place; for rows that keep one.
         history: (depth, N, *S) float32 ring of what rows push, updated in place.
         seeds: (N,) int64 seeds on the CPU or the device of x, for rows that draw noise.
         out: written and returned if given; may be ``x``.
