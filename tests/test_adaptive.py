@@ -291,15 +291,18 @@ def test_conditions_and_guidance_go_with_their_samples() -> None:
     model = Exact(schedule, "flow")
     sampler = AdaptiveSampler(model, schedule, prediction="flow", guidance=2.0)
     noise = randn([1, 2, 3], (3, 7)) * torch.tensor([0.1, 1.0, 3.0]).view(3, 1, 1)
-    many = sampler(noise=noise, cond={"shift": shift}, uncond={"shift": null})
+    many, info = sampler(
+        noise=noise, cond={"shift": shift}, uncond={"shift": null}, return_info=True
+    )
     for i in range(3):
         given = {"cond": {"shift": shift[i : i + 1]}, "uncond": {"shift": null[i : i + 1]}}
         assert_same_bits(sampler(noise=noise[i : i + 1], **given)[0], many[i])
     # data of mean m moves with m, and guidance 2 doubles it
     plain = AdaptiveSampler(model, schedule, prediction="flow")
-    base = plain(noise=noise, cond={"shift": null})
-    moved = (many - base).mean(dim=(1, 2))
-    assert torch.allclose(moved, 2 * shift, atol=0.02)
+    base, at_rest = plain(noise=noise, cond={"shift": null}, return_info=True)
+    off = (many - base - 2 * shift.view(3, 1, 1)).abs().max()
+    allowed = _allowed(1e-4, info.accepted, many) + _allowed(1e-4, at_rest.accepted, base)
+    assert off <= allowed < 0.1
 
 
 def test_no_samples() -> None:
