@@ -17,11 +17,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from fastdiff._packing import Packed, Packing
 from fastdiff._rows import (
     C_IN,
     COUNTER1,
@@ -83,15 +84,8 @@ __all__ = [
 ]  # fmt: skip
 
 
-class Packed(NamedTuple):
-    """Rows in the precision of the state, on one device: the kernel's view of a table."""
-
-    floats: torch.Tensor  # (rows, ROW_FLOATS)
-    ints: torch.Tensor  # (rows, ROW_INTS) int32
-
-
 @dataclass(frozen=True)
-class StepTable:
+class StepTable(Packing):
     """The rows of one solver on one noise schedule, validated when built.
 
     Attributes:
@@ -235,56 +229,6 @@ class StepTable:
     def anchored(self) -> bool:
         """Whether any row keeps a second state y."""
         return any(need.anchor or need.writes_anchor for need in self.needs)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def packed(
-        self,
-        device: torch.device | str = "cpu",
-        *,
-        clip: bool = False,
-        dtype: torch.dtype = torch.float32,
-    ) -> Packed:
-        """The rows rounded once to ``dtype`` on ``device``; made on first use, then kept.
-
-        Without clipping the converted prediction is affine in x and m, so where no row pushes it
-        it is folded into their coefficients, in float64: fewer roundings and no second pass.
-        """
-        key = (clip, device if isinstance(device, torch.device) else torch.device(device), dtype)
-        found = self._packed.get(key)
-        if found is None:
-            floats = self.floats.copy()
-            if not clip:
-                fold = self.ints[:, PUSH] < 0
-                for start in (A, B):
-                    d = floats[:, start + TERMS.index("d")]
-                    floats[fold, start + TERMS.index("x")] += (d * floats[:, P])[fold]
-                    floats[fold, start + TERMS.index("m")] += (d * floats[:, Q])[fold]
-                    d[fold] = 0.0
-            found = self._packed[key] = Packed(
-                torch.from_numpy(floats).to(key[1], dtype),
-                torch.from_numpy(self.ints.copy()).to(key[1]),
-            )
-        return found
-
-    def packed_each(
-        self, device: torch.device | str = "cpu", *, dtype: torch.dtype = torch.float32
-    ) -> Packed:
-        """The rows twice, ``packed(clip=False)`` and then ``packed(clip=True)``.
-
-        For a batch in which some samples are clipped and some are not: sample i of row r runs row
-        r or len(self) + r, and so has the bits that it has alone.
-        """
-        key = (None, torch.device(device), dtype)
-        found = self._packed.get(key)
-        if found is None:
-            plain = self.packed(device, dtype=dtype)
-            clipped = self.packed(device, clip=True, dtype=dtype)
-            found = self._packed[key] = Packed(
-                *(torch.cat(both) for both in zip(plain, clipped, strict=True))
-            )
-        return found
 
 
 def join(tables: Sequence[StepTable]) -> tuple[StepTable, tuple[int, ...]]:

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import torch
 
+from fastdiff._packing import Packed, Packing
 from fastdiff.ops._checks import kind as kind
-from fastdiff.table import Needs, Packed, StepTable
+from fastdiff.table import Needs
 
 
 class Step(NamedTuple):
@@ -111,20 +112,18 @@ def factors(value: torch.Tensor, like: Like) -> torch.Tensor:
     return value.to(like.device, like.dtype).contiguous()
 
 
-def check_rows(rows: torch.Tensor, table: StepTable, like: Like) -> torch.Tensor:
+def check_rows(rows: torch.Tensor, table: Packing, like: Like) -> torch.Tensor:
     if rows.dtype != torch.int64 or rows.shape != like.shape[:1]:
         raise ValueError(
             f"reverse_step: row must be an int or an int64 tensor ({like.shape[0]},), "
             f"got {rows.dtype} {tuple(rows.shape)}"
         )
-    if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < len(table.rows)):
-        raise ValueError(
-            f"reverse_step: row must lie in [0, {len(table.rows)}), got {rows.tolist()}"
-        )
+    if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < len(table)):
+        raise ValueError(f"reverse_step: row must lie in [0, {len(table)}), got {rows.tolist()}")
     return rows.to(like.device).contiguous()
 
 
-def joined(table: StepTable, rows: torch.Tensor) -> Needs:
+def joined(table: Packing, rows: torch.Tensor) -> Needs:
     """What any of the rows needs."""
     each = [table.needs[i] for i in set(rows.tolist())] or [table.needs[0]]
     return Needs(*(max(values) for values in zip(*each, strict=True)))
@@ -184,11 +183,11 @@ def check_apart(
         spans.append((name, low, high))
 
 
-def check_row(row: object, table: StepTable) -> int:
+def check_row(row: object, table: Packing) -> int:
     if isinstance(row, bool) or not isinstance(row, int):
         raise TypeError(f"reverse_step: row must be an int or an int64 tensor, got {kind(row)}")
-    if not 0 <= row < len(table.rows):
-        raise ValueError(f"reverse_step: row must lie in [0, {len(table.rows)}), got {row}")
+    if not 0 <= row < len(table):
+        raise ValueError(f"reverse_step: row must lie in [0, {len(table)}), got {row}")
     return row
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from fastdiff._packing import Packing
 from fastdiff.backends import forced
 from fastdiff.ops import _native
 from fastdiff.ops._layout import channels
 from fastdiff.ops._step_checks import Step
-from fastdiff.table import StepTable
 
 _CPU = torch.device("cpu")
 
@@ -16,7 +16,7 @@ _CPU = torch.device("cpu")
 def quick(
     x: torch.Tensor,
     output: torch.Tensor | None,
-    table: StepTable,
+    table: Packing,
     row: int | torch.Tensor,
     uncond: torch.Tensor | None,
     guidance: float | torch.Tensor,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from fastdiff._packing import Packing
 from fastdiff.backends import Implementation, Op, choose
 from fastdiff.ops import _native, _step_cpu
 from fastdiff.ops._layout import memory_format
@@ -27,7 +28,7 @@ from fastdiff.ops._step_checks import (
     weight,
 )
 from fastdiff.reference.reverse_step import reference_row
-from fastdiff.table import C_IN, PUSH, StepTable
+from fastdiff.table import C_IN, PUSH
 
 # --- reference ------------------------------------------------------------------------------
 
@@ -165,7 +166,7 @@ OP = Op(
 def prepare(
     x: torch.Tensor,
     output: torch.Tensor | None,
-    table: StepTable,
+    table: Packing,
     row: int | torch.Tensor,
     *,
     uncond: torch.Tensor | None = None,
@@ -263,7 +264,7 @@ def prepare(
 def reverse_step(
     x: torch.Tensor,
     output: torch.Tensor | None,
-    table: StepTable,
+    table: Packing,
     row: int | torch.Tensor,
     *,
     uncond: torch.Tensor | None = None,

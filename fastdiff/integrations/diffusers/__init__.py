@@ -1,0 +1,146 @@
+"""diffusers' schedulers, each step one fused pass over memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from typing import Any
+
+import diffusers
+from diffusers.configuration_utils import FrozenDict
+
+from fastdiff.integrations.diffusers._noise import SOURCES
+from fastdiff.integrations.diffusers._plan import Runtime
+from fastdiff.integrations.diffusers._scheduler import DropIn
+
+_LISTED = ("_step_index", "lower_order_nums", "model_outputs")
+# what a scheduler keeps between two calls of step
+_STATE: dict[str, tuple[str, ...]] = {
+    "DDPMScheduler": (),
+    "DDPMParallelScheduler": (),
+    "DDIMScheduler": (),
+    "DDIMParallelScheduler": (),
+    "DDIMInverseScheduler": (),
+    "CogVideoXDDIMScheduler": (),
+    "PNDMScheduler": ("counter", "ets", "cur_sample", "cur_model_output"),
+    "LMSDiscreteScheduler": ("_step_index", "derivatives"),
+    "IPNDMScheduler": ("_step_index", "ets"),
+    "EulerDiscreteScheduler": ("_step_index",),
+    "EulerAncestralDiscreteScheduler": ("_step_index",),
+    "EDMEulerScheduler": ("_step_index",),
+    "HeunDiscreteScheduler": ("_step_index", "prev_derivative", "dt", "sample"),
+    "KDPM2DiscreteScheduler": ("_step_index", "sample"),
+    "KDPM2AncestralDiscreteScheduler": ("_step_index", "sample", "dt"),
+    "DPMSolverMultistepScheduler": _LISTED,
+    "DPMSolverMultistepInverseScheduler": _LISTED,
+    "DPMSolverSinglestepScheduler": ("_step_index", "model_outputs", "sample"),
+    "DPMSolverSDEScheduler": ("_step_index", "sample", "mid_point_sigma"),
+    "DEISMultistepScheduler": _LISTED,
+    "EDMDPMSolverMultistepScheduler": _LISTED,
+    "CosineDPMSolverMultistepScheduler": _LISTED,
+    "UniPCMultistepScheduler": (*_LISTED, "last_sample", "this_order", "timestep_list"),
+    "SASolverScheduler": (
+        *_LISTED, "last_sample", "last_noise", "this_predictor_order", "this_corrector_order",
+        "timestep_list",
+    ),
+    "LCMScheduler": ("_step_index",),
+    "TCDScheduler": ("_step_index",),
+    "CMStochasticIterativeScheduler": ("_step_index",),
+    "UnCLIPScheduler": (),
+    "SCMScheduler": ("_step_index",),
+    "FlowMatchEulerDiscreteScheduler": ("_step_index",),
+    "FlowMatchHeunDiscreteScheduler": ("_step_index", "prev_derivative", "dt", "sample"),
+    "FlowMatchLCMScheduler": ("_step_index",),
+    "FlowMapEulerDiscreteScheduler": ("_step_index",),
+    "LTXEulerAncestralRFScheduler": ("_step_index",),
+    "MiniMaxH3Scheduler": ("_step_index",),
+}  # fmt: skip
+# whose step reads the timestep besides its index
+_BY_VALUE = frozenset(
+    ("LCMScheduler", "TCDScheduler", "SCMScheduler", "FlowMapEulerDiscreteScheduler")
+)
+# lists that grow without end, and the entries that a step reads
+_TRIMS = {"IPNDMScheduler": (("ets", 3),)}
+# whose model output may carry a variance
+_LEARNED = frozenset(("DDPMScheduler", "DDPMParallelScheduler", "UnCLIPScheduler"))
+
+
+def _output_class(peer: Any) -> type:
+    """The class of what `step` returns."""
+    said = str(inspect.signature(peer.step).return_annotation)
+    classes = [c for c in vars(inspect.getmodule(peer)).values() if dataclasses.is_dataclass(c)]
+    return next(c for c in classes if isinstance(c, type) and c.__name__ in said)
+
+
+def drop_in(peer: Any, state: tuple[str, ...]) -> type:
+    """The drop-in for one of diffusers' scheduler classes.
+
+    Args:
+        peer: the class.
+        state: names of the attributes that its `step` keeps for the next call.
+    """
+    parameters = inspect.signature(peer.step).parameters
+    run = DropIn._step
+
+    def __init__(self: Any, *args: Any, noise: str = "generator", **kwargs: Any) -> None:
+        if noise not in SOURCES:
+            raise ValueError(f"{peer.__name__}: noise must be one of {SOURCES}, got {noise!r}")
+        self._fastdiff = Runtime()
+        peer.__init__(self, *args, **kwargs)
+        self.register_to_config(noise=noise)
+        if noise == "generator":  # a default is not handed on to other classes
+            left = [*self.config.get("_use_default_values", ()), "noise"]
+            self._internal_dict = FrozenDict({**self.config, "_use_default_values": left})
+
+    signature = inspect.signature(peer.__init__)
+    own = inspect.Parameter("noise", inspect.Parameter.KEYWORD_ONLY, default="generator")
+    __init__.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=sorted((*signature.parameters.values(), own), key=lambda p: p.kind)
+    )
+
+    @functools.wraps(peer.step)
+    def step(
+        self: Any, model_output: Any, timestep: Any, sample: Any, *rest: Any, **named: Any
+    ) -> Any:
+        return run(self, model_output, timestep, sample, rest, named)
+
+    more: dict[str, Any] = {}
+    lookup = getattr(peer, "index_for_timestep", None)
+    if lookup is None or "schedule_timesteps" not in inspect.signature(lookup).parameters:
+        if hasattr(peer, "_init_step_index"):
+            more["_init_step_index"] = peer._init_step_index
+        elif lookup is not None:
+            more["_init_step_index"] = _init_step_index
+    base = _output_class(peer)
+    name = peer.__name__
+    return type(
+        name,
+        (DropIn, peer),
+        {
+            "__init__": __init__,
+            "__module__": __name__,
+            "__doc__": peer.__doc__,
+            "step": step,
+            "_fd_peer": peer,
+            "_fd_state": state,
+            "_fd_names": tuple(parameters)[4:],
+            "_fd_return_dict": parameters["return_dict"].default,
+            "_fd_output": base,
+            "_fd_outputs": tuple(field.name for field in dataclasses.fields(base)),
+            "_fd_learned": name in _LEARNED,
+            "_fd_by_value": name in _BY_VALUE,
+            "_fd_trims": _TRIMS.get(name, ()),
+            **more,
+        },
+    )
+
+
+def _init_step_index(self: Any, timestep: Any) -> None:
+    """For classes that look the index up in `step` itself."""
+    begin = self._begin_index
+    self._step_index = self.index_for_timestep(timestep) if begin is None else begin
+
+
+for _name, _state in _STATE.items():
+    globals()[_name] = drop_in(getattr(diffusers, _name), _state)

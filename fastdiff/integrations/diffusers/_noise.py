@@ -1,0 +1,78 @@
+"""Noise of the drop-in schedulers: diffusers' own, or counter-based by seed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from fastdiff.ops.brownian import brownian
+from fastdiff.ops.noise import as_seeds
+from fastdiff.path_noise import PATH
+
+SOURCES = ("generator", "counter")
+
+
+def seeds_of(generator: Any, samples: int) -> Tensor:
+    """(N,) seeds: of a list of generators their own, of one the seed s and s+1, s+2, ... behind it.
+
+    Without a generator torch's global one draws a seed.
+    """
+    if isinstance(generator, (list, tuple)):
+        return as_seeds([g.initial_seed() % 2**64 for g in generator], samples)
+    if generator is None:
+        return as_seeds(int(torch.randint(2**62, ())), samples)
+    first = generator.initial_seed()
+    return as_seeds([(first + i) % 2**64 for i in range(samples)], samples)
+
+
+class CounterPath:
+    """A noise sampler like diffusers' Brownian tree, on the library's own path.
+
+    Args:
+        seeds: (N,) int64, one path each.
+        like: (N, *S), shape and device of the noise.
+    """
+
+    def __init__(self, seeds: Tensor, like: Tensor) -> None:
+        self.seeds, self.shape, self.device = seeds, like.shape[1:], like.device
+
+    def __call__(self, sigma: Any, sigma_next: Any) -> Tensor:
+        ends = (PATH["low"], PATH["high"])
+        at = [
+            min(max(-2 * math.log2(s), ends[0]), ends[1]) if s > 0 else ends[1]
+            for s in (float(sigma), float(sigma_next))
+        ]
+        return brownian(self.seeds, self.shape, *at, **PATH, device=self.device)
+
+
+def brownian_tree(scheduler: Any, generator: Any, sample: Tensor, model_output: Tensor) -> Any:
+    """The noise sampler that diffusers' step would make at its first call."""
+    from diffusers.schedulers import scheduling_cosine_dpmsolver_multistep as cosine
+    from diffusers.schedulers import scheduling_dpmsolver_sde as sde
+
+    if isinstance(scheduler, cosine.CosineDPMSolverMultistepScheduler):
+        seed = None
+        if generator is not None:
+            several = isinstance(generator, list)
+            seed = [g.initial_seed() for g in generator] if several else generator.initial_seed()
+        config = scheduler.config
+        return cosine.BrownianTreeNoiseSampler(
+            model_output, sigma_min=config.sigma_min, sigma_max=config.sigma_max, seed=seed
+        )
+    sigmas = scheduler.sigmas
+    return sde.BrownianTreeNoiseSampler(
+        sample,
+        float(sigmas[sigmas > 0].min()),
+        float(sigmas.max()),
+        scheduler.noise_sampler_seed,
+    )
+
+
+def drawn(like: Tensor, generator: Any, dtype: torch.dtype) -> Tensor:
+    """Noise as diffusers draws it."""
+    noise: Tensor = randn_tensor(like.shape, generator=generator, device=like.device, dtype=dtype)
+    return noise

@@ -1,0 +1,376 @@
+"""What the drop-in schedulers add to diffusers' own: a `step` in one pass over memory."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdiff.integrations.diffusers._moves import ANCHOR, Move
+from fastdiff.integrations.diffusers._noise import CounterPath, brownian_tree, drawn, seeds_of
+from fastdiff.integrations.diffusers._outputs import Later, LaterTuple, later_output
+from fastdiff.integrations.diffusers._plan import Plan, Runtime, find, signature, tensors_of
+from fastdiff.integrations.diffusers._trace import NOISE, Trace, is_state, trace
+from fastdiff.ops._layout import memory_format
+from fastdiff.ops.dynamic_threshold import dynamic_threshold
+from fastdiff.ops.reverse_step import reverse_step
+
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+class Call(NamedTuple):
+    """The arguments of one step."""
+
+    model_output: Tensor
+    timestep: Any
+    sample: Tensor
+    generator: Any
+    options: dict[str, Any]  # numbers
+    given: dict[str, Tensor]  # tensors like the sample
+    learned: bool  # the model output carries a variance
+    key: tuple[Any, ...]
+
+    def theirs(self, names: tuple[str, ...], return_dict: bool) -> dict[str, Any]:
+        """The keyword arguments of diffusers' own step."""
+        more = {"generator": self.generator} if "generator" in names else {}
+        return {**self.options, **self.given, **more, "return_dict": return_dict}
+
+
+class Answer(NamedTuple):
+    """What diffusers' own step does beyond the affine map, found by asking it."""
+
+    dtypes: tuple[torch.dtype, ...]  # of what it returns
+    spans: list[tuple[Tensor, Tensor]]  # what it asks of its noise sampler
+
+
+class DropIn:
+    """Mixin before a diffusers scheduler: same arguments, same results, one fused pass a step.
+
+    The class attributes are set by `drop_in`.
+    """
+
+    _fd_peer: ClassVar[Any]  # diffusers' class
+    _fd_state: ClassVar[tuple[str, ...]]  # attributes that are kept from step to step
+    _fd_names: ClassVar[tuple[str, ...]]  # parameters of step behind the sample
+    _fd_return_dict: ClassVar[bool]
+    _fd_output: ClassVar[type]
+    _fd_outputs: ClassVar[tuple[str, ...]]  # names of what step returns
+    _fd_learned: ClassVar[bool]  # the model output may carry a variance
+    _fd_by_value: ClassVar[bool]  # the step reads the timestep besides its index
+    _fd_trims: ClassVar[tuple[tuple[str, int], ...]]  # (list, entries of it that are ever read)
+
+    _fastdiff: Runtime
+    config: Any
+
+    # --- a step -----------------------------------------------------------------------------
+
+    def _step(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        rest: tuple[Any, ...],
+        named: dict[str, Any],
+    ) -> Any:
+        if rest:
+            named.update(zip(self._fd_names, rest, strict=False))
+        if not isinstance(sample, Tensor) or (
+            torch.is_grad_enabled() and (sample.requires_grad or model_output.requires_grad)
+        ):
+            return self._fd_peer.step(self, model_output, timestep, sample, **named)
+        return_dict = named.pop("return_dict", self._fd_return_dict)
+        generator = named.pop("generator", None)
+        values, runtime = self.__dict__, self._fastdiff
+        plan = runtime.plan if runtime.current(self) else self._refresh()
+        assert plan is not None
+        for name, length in self._fd_trims:
+            del values[name][:-length]
+        call = self._call(model_output, timestep, sample, generator, named)
+        seen = signature(values, self._fd_state, runtime)
+        move = plan.moves.get((call.key, seen))
+        if move is None:
+            move = self._find(plan, call, seen)
+        if type(move) is str:
+            theirs = call.theirs(self._fd_names, return_dict)
+            return self._fd_peer.step(self, model_output, timestep, sample, **theirs)
+        assert isinstance(move, Move)
+        answer = None
+        if not (sample.dtype == torch.float32 == model_output.dtype) or move.spanned:
+            answer = self._ask(plan, call)
+        outputs = self._run(move, call, answer)
+        if return_dict:
+            return later_output(self._fd_output, outputs)
+        return outputs if len(outputs) == 1 else LaterTuple(outputs)
+
+    def _call(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        generator: Any,
+        named: dict[str, Any],
+    ) -> Call:
+        """The arguments sorted by kind, and the key of their numbers."""
+        runtime = self._fastdiff
+        place = self.__dict__.get("_step_index", runtime)
+        if place is None:
+            self._init_step_index(timestep)
+            place = self._step_index
+        if place is runtime:  # diffusers looks the coefficients up by timestep
+            place = runtime.number(timestep)
+        elif self._fd_by_value:
+            place = place, runtime.number(timestep)
+        learned = self._fd_learned and model_output.shape != sample.shape
+        kind = timestep.dtype if isinstance(timestep, Tensor) else type(timestep)
+        given: dict[str, Tensor] = {}
+        if not named:
+            key: tuple[Any, ...] = (place, kind, learned)
+        else:
+            for name, value in list(named.items()):
+                if isinstance(value, Tensor):
+                    if value.dim():
+                        given[name] = named.pop(name)
+                    else:
+                        named[name] = runtime.number(value)
+            key = (place, kind, learned, *given, *named.items())
+        return Call(model_output, timestep, sample, generator, named, given, learned, key)
+
+    def _find(self, plan: Plan, call: Call, seen: tuple[Any, ...]) -> Move | str:
+        """The move of a call that has not been met before, or why it has none."""
+        runtime = self._fastdiff
+        number = runtime.number(call.timestep)
+
+        def make() -> Trace:
+            at: Any = number
+            if isinstance(call.timestep, Tensor):
+                at = torch.tensor(number, dtype=call.timestep.dtype)
+            options = {**call.options, **call.given}
+            return trace(
+                self, self._fd_peer.step, self._fd_state, at, options, learned=call.learned
+            )
+
+        counter = None
+        if self.config.noise == "counter":
+            counter = self.__dict__.get("_step_index")
+            if counter is None:
+                host = runtime.host
+                counter = host.index(number) if number in host else int(number)
+        held = tensors_of(self.__dict__, self._fd_state)
+        places = {name: runtime.place(t) for name, t in (held | call.given).items()}
+        return find(plan, call.key, seen, make, places, counter)
+
+    def _run(self, move: Move, call: Call, answer: Answer | None) -> tuple[Any, ...]:
+        """The outputs of a call, each a tensor or one to be computed later."""
+        sample, model_output, variance = call.sample, call.model_output, None
+        x = sample
+        if x.dtype in _HALVES:
+            x = x.float()
+        if not x.is_contiguous() and memory_format(x) is None:
+            x = x.contiguous()
+        if call.learned:
+            model_output, variance = model_output.chunk(2, dim=1)
+        tensors: dict[str, Tensor] = {}
+        history = anchor = seeds = None
+        if not move.plain:
+            runtime = self._fastdiff
+            runtime.fit(x)
+            tensors = tensors_of(self.__dict__, self._fd_state)
+            tensors.update(call.given)
+            if move.seeded:
+                seeds = self._seeds(call)
+            self._draw(tensors, move, call, answer, variance)
+            for name in move.evicted:
+                tensors[name] = tensors[name].clone()
+            if move.depth:
+                history = runtime.history(x)
+            if move.buffered:
+                anchor = runtime.anchor(x)
+            for name, slot in move.copies:
+                to = runtime.views[slot] if slot < ANCHOR else anchor
+                assert to is not None
+                tensors[name] = to.copy_(tensors[name])
+            if move.anchor is not None:
+                anchor = tensors[move.anchor].to(x.dtype)
+                anchor = anchor.contiguous(memory_format=runtime.like[3])
+            if move.limited >= 0:
+                self._limit(move, x, model_output, runtime.views[move.limited])
+        state: dict[str, Any] = {"variance": variance, "history": history, "seeds": seeds}
+        later = tuple(
+            self._further(k, move, call, x, model_output, anchor, state, answer)
+            for k in range(1, len(move.lazy) + 1)
+        )
+        half = None
+        if answer is not None and answer.dtypes[0] in _HALVES:
+            half = torch.empty_like(x, dtype=answer.dtypes[0])
+        new = reverse_step(
+            x,
+            model_output,
+            move.rows,
+            0,
+            clip=move.clip,
+            y=anchor,
+            out=x if half is not None and x is not sample else None,
+            model_input=half,
+            **state,
+        )
+        if half is not None:
+            new = half
+        elif answer is not None:
+            new = new.to(answer.dtypes[0])
+        if move.kept:
+            self._keep(move, call, new, anchor, tensors)
+        return new, *later
+
+    def _further(
+        self,
+        k: int,
+        move: Move,
+        call: Call,
+        x: Tensor,
+        model_output: Tensor,
+        anchor: Tensor | None,
+        state: dict[str, Any],
+        answer: Answer | None,
+    ) -> Tensor | Later:
+        """The k-th output behind the next sample."""
+        dtype = torch.float32 if answer is None else answer.dtypes[k]
+        if not move.lazy[k - 1]:
+            # of what the step is about to overwrite
+            return reverse_step(
+                x, model_output, move.rows, k, clip=move.clip, y=anchor, **state
+            ).to(dtype)
+        sample = call.sample
+
+        def make() -> Tensor:
+            whole = sample.float() if sample.dtype in _HALVES else sample
+            return reverse_step(whole, model_output, move.rows, k, clip=move.clip).to(dtype)
+
+        return Later(self._fd_outputs[k], make, (sample, model_output))
+
+    def _limit(self, move: Move, x: Tensor, model_output: Tensor, out: Tensor) -> None:
+        """The predicted clean data, limited by a quantile of each sample."""
+        reverse_step(x, model_output, move.rows, len(move.rows) - 1, out=out)
+        config = self.config
+        dynamic_threshold(
+            out, config.dynamic_thresholding_ratio, max_value=config.sample_max_value, out=out
+        )
+
+    def _keep(
+        self, move: Move, call: Call, new: Tensor, anchor: Any, tensors: dict[str, Tensor]
+    ) -> None:
+        """Leave the state as diffusers would."""
+        values, views = self.__dict__, self._fastdiff.views
+
+        def value(kind: str, what: Any) -> Any:
+            if kind == "value":
+                return what
+            if kind == "slot":
+                return views[what]
+            if kind == "entry":
+                return tensors[what]
+            if kind == "list":
+                return [value(*v) for v in what]
+            ends = {"timestep": call.timestep, "sample": call.sample, "result": new}
+            return ends.get(kind, anchor)
+
+        for name, (kind, what) in move.kept:
+            if kind == "value":
+                values[name] = what
+            elif kind == "list":
+                values[name][:] = value(kind, what)
+            else:
+                values[name] = value(kind, what)
+
+    # --- noise ------------------------------------------------------------------------------
+
+    def _seeds(self, call: Call) -> Tensor:
+        """(N,) seeds of the samples, the same in every step of a run."""
+        runtime, x = self._fastdiff, call.sample
+        of = (call.generator, len(x), x.device)
+        if runtime.seeds is None or runtime.seeds[0] != of:
+            runtime.seeds = of, seeds_of(call.generator, len(x)).to(x.device)
+        return runtime.seeds[1]
+
+    def _draw(
+        self,
+        tensors: dict[str, Tensor],
+        move: Move,
+        call: Call,
+        answer: Answer | None,
+        variance: Tensor | None,
+    ) -> None:
+        """Add the noise that comes as tensors."""
+        like = call.model_output if variance is None else variance
+        for k, in_float32 in enumerate(move.draws):
+            if move.spanned:
+                assert answer is not None
+                noise = self._sampler(call)(*answer.spans[k]).to(like.device)
+            else:
+                noise = drawn(like, call.generator, torch.float32 if in_float32 else like.dtype)
+            if move.scaled is not None and variance is not None:
+                scale, shift = move.scaled
+                noise = noise * torch.exp(scale * variance.float() + shift)
+            tensors[NOISE[k]] = noise
+
+    def _sampler(self, call: Call) -> Any:
+        """The noise sampler, made at its first use as diffusers does."""
+        if self.__dict__["noise_sampler"] is None:
+            if self.config.noise == "counter":
+                made: Any = CounterPath(self._seeds(call), call.sample)
+            else:
+                made = brownian_tree(self, call.generator, call.sample, call.model_output)
+            self.noise_sampler = made
+        return self.noise_sampler
+
+    # --- diffusers' own class -----------------------------------------------------------------
+
+    def _refresh(self) -> Plan:
+        return self._fastdiff.refresh(self, self._fd_peer, self._fd_state)
+
+    def _init_step_index(self, timestep: Any) -> None:
+        """As diffusers does it, but on the host: its own asks the device."""
+        begin = self.__dict__.get("_begin_index")
+        if begin is not None:
+            self._step_index = begin
+            return
+        runtime = self._fastdiff
+        if not runtime.current(self):
+            self._refresh()
+        number = torch.tensor(runtime.number(timestep), dtype=runtime.token[1].dtype)
+        self._step_index = self.index_for_timestep(  # type: ignore[attr-defined]
+            number, runtime.host_timesteps
+        )
+
+    def _ask(self, plan: Plan, call: Call) -> Answer:
+        """What diffusers' step gives on a tiny sample of the same dtypes."""
+        key = (call.key, call.sample.dtype, call.model_output.dtype)
+        found = plan.answers.get(key)
+        if found is None:
+            tiny = torch.zeros(1, 1, 1, 1, dtype=call.sample.dtype)
+            twin, spans = copy.copy(self), []
+            for name in self._fd_state:
+                value = self.__dict__.get(name)
+                if type(value) is list:
+                    twin.__dict__[name] = [tiny.clone() if is_state(v) else v for v in value]
+                elif is_state(value):
+                    twin.__dict__[name] = tiny.clone()
+
+            def sampler(a: Tensor, b: Tensor) -> Tensor:
+                spans.append((a, b))
+                return tiny
+
+            if "noise_sampler" in self.__dict__:
+                twin.__dict__["noise_sampler"] = sampler
+            at = self._fastdiff.number(call.timestep)
+            if isinstance(call.timestep, Tensor):
+                at = torch.tensor(at, dtype=call.timestep.dtype)
+            output = torch.zeros(1, 1 + call.learned, 1, 1, dtype=call.model_output.dtype)
+            asked = call._replace(
+                generator=torch.Generator(), given=dict.fromkeys(call.given, tiny)
+            )
+            theirs = asked.theirs(self._fd_names, False)
+            outputs = self._fd_peer.step(twin, output, at, tiny, **theirs)
+            found = plan.answers[key] = Answer(tuple(t.dtype for t in outputs), spans)
+        return found
