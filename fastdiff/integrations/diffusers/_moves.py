@@ -51,7 +51,7 @@ ANCHOR = HISTORY_SLOTS  # in a signature: the tensor is the anchor buffer; below
 FOREIGN = HISTORY_SLOTS + 1  # a tensor of the caller's
 
 
-@dataclass(frozen=True)
+@dataclass
 class Move:
     """What one call does, slot by slot.
 
@@ -73,6 +73,7 @@ class Move:
         scaled: the noise that is drawn is to be scaled by a learned variance, (scale, shift).
         seeded: the rows draw noise themselves.
         spanned: the noise comes from a noise sampler, by spans of sigma.
+        quick: the same laid out for the quick road (`_quick.Quick`), or None.
         plain: the rows read the sample and the model output alone, and write the sample alone.
     """
 
@@ -92,6 +93,7 @@ class Move:
     seeded: bool
     spanned: bool
     plain: bool
+    quick: Any = None
 
 
 def _single(form: Form) -> str | None:

@@ -13,8 +13,6 @@ from typing import Any, SupportsIndex
 
 from torch import Tensor
 
-Maker = Callable[[], Tensor]
-
 
 def version(t: Tensor) -> int:
     """A number that grows with every write to a tensor; tensors of inference mode have none."""
@@ -26,14 +24,18 @@ class Later:
 
     Args:
         what: its name, for the error.
-        make: computes it.
+        make: computes output k.
         reads: the tensors that it is made of.
     """
 
-    def __init__(self, what: str, make: Maker, reads: tuple[Tensor, ...]) -> None:
-        self._what, self._make = what, make
+    __slots__ = ("_made", "_reads", "_value", "_versions", "_what")
+
+    def __init__(
+        self, what: str, make: Callable[[int], Tensor], k: int, reads: tuple[Tensor, ...]
+    ) -> None:
+        self._what, self._made, self._reads = what, (make, k), reads
+        self._versions = [version(t) for t in reads]
         self._value: Tensor | None = None
-        self._reads = tuple((t, version(t)) for t in reads)
 
     def value(self) -> Tensor:
         """The output, computed once.
@@ -42,14 +44,14 @@ class Later:
             RuntimeError: what it is made of was written to since the step.
         """
         if self._value is None:
-            if any(version(t) != v for t, v in self._reads):
+            if [version(t) for t in self._reads] != self._versions:
                 raise RuntimeError(
                     f"step: {self._what} must be read before the sample or the model output is "
                     "changed in place, got a change"
                 )
-            self._value = self._make()
-            self._reads = ()
-            del self._make  # and with it the tensors
+            make, k = self._made
+            self._value = make(k)
+            del self._made, self._reads  # and with them the tensors
         return self._value
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastdiff.integrations.diffusers._moves import ANCHOR, FOREIGN, Move, bind
 from fastdiff.integrations.diffusers._outputs import version
+from fastdiff.integrations.diffusers._quick import Quick, fits
 from fastdiff.integrations.diffusers._trace import NotAffine, Trace, is_state
 from fastdiff.ops._layout import memory_format
 from fastdiff.table import HISTORY_SLOTS
@@ -108,13 +109,15 @@ class Runtime:
     def current(self, scheduler: Any) -> bool:
         """Whether the plan still holds: pipelines replace the config and write to sigmas."""
         token = self.token
+        if self.plan is None:
+            return False
         values = scheduler.__dict__
+        sigmas = values.get("sigmas")
         return (
-            self.plan is not None
-            and values["_internal_dict"] is token[0]
+            values["_internal_dict"] is token[0]
             and values.get("timesteps") is token[1]
-            and values.get("sigmas") is token[2]
-            and (token[2] is None or version(token[2]) == token[3])
+            and sigmas is token[2]
+            and (token[3] < 0 or sigmas._version == token[3])
             and values.get("num_inference_steps") == token[4]
         )
 
@@ -126,7 +129,7 @@ class Runtime:
             values["_internal_dict"],
             timesteps,
             sigmas,
-            None if sigmas is None else version(sigmas),
+            version(sigmas) if isinstance(sigmas, Tensor) else -1,
             values.get("num_inference_steps"),
         )
         if isinstance(timesteps, Tensor):
@@ -258,5 +261,7 @@ def find(
             move = bind(found, places, counter)
         except NotAffine as error:
             move = str(error)
+    if isinstance(move, Move) and fits(move):
+        move.quick = Quick(move)
     plan.moves[call, seen] = move
     return move

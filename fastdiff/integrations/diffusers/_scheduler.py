@@ -8,6 +8,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from fastdiff.backends import forced
+from fastdiff.integrations.diffusers import _quick
 from fastdiff.integrations.diffusers._moves import ANCHOR, Move
 from fastdiff.integrations.diffusers._noise import CounterPath, brownian_tree, drawn, seeds_of
 from fastdiff.integrations.diffusers._outputs import Later, LaterTuple, later_output
@@ -29,8 +31,12 @@ class Call(NamedTuple):
     generator: Any
     options: dict[str, Any]  # numbers
     given: dict[str, Tensor]  # tensors like the sample
-    learned: bool  # the model output carries a variance
     key: tuple[Any, ...]
+
+    @property
+    def learned(self) -> bool:
+        """Whether the model output carries a variance."""
+        return bool(self.key[2])
 
     def theirs(self, names: tuple[str, ...], return_dict: bool) -> dict[str, Any]:
         """The keyword arguments of diffusers' own step."""
@@ -76,20 +82,35 @@ class DropIn:
     ) -> Any:
         if rest:
             named.update(zip(self._fd_names, rest, strict=False))
+        graded = torch.is_grad_enabled()
         if not isinstance(sample, Tensor) or (
-            torch.is_grad_enabled() and (sample.requires_grad or model_output.requires_grad)
+            graded and (sample.requires_grad or model_output.requires_grad)
         ):
             return self._fd_peer.step(self, model_output, timestep, sample, **named)
         return_dict = named.pop("return_dict", self._fd_return_dict)
         generator = named.pop("generator", None)
-        values, runtime = self.__dict__, self._fastdiff
+        values = self.__dict__
+        runtime: Runtime = values["_fastdiff"]
         plan = runtime.plan if runtime.current(self) else self._refresh()
         assert plan is not None
         for name, length in self._fd_trims:
             del values[name][:-length]
-        call = self._call(model_output, timestep, sample, generator, named)
+        key, given = self._key(model_output, timestep, sample, named)
         seen = signature(values, self._fd_state, runtime)
-        move = plan.moves.get((call.key, seen))
+        move = plan.moves.get((key, seen))
+        if (
+            move.__class__ is Move
+            and move.quick is not None
+            and model_output.dtype == torch.float32
+            and forced() in ("auto", "cpu")
+        ):
+            new = _quick.run(self, move, model_output, timestep, sample, generator)
+            if new is not None:
+                later = self._later(move, model_output, sample) if move.lazy else ()
+                if return_dict:
+                    return later_output(self._fd_output, (new, *later))
+                return LaterTuple((new, *later)) if later else (new,)
+        call = Call(model_output, timestep, sample, generator, named, given, key)
         if move is None:
             move = self._find(plan, call, seen)
         if type(move) is str:
@@ -104,15 +125,13 @@ class DropIn:
             return later_output(self._fd_output, outputs)
         return outputs if len(outputs) == 1 else LaterTuple(outputs)
 
-    def _call(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        generator: Any,
-        named: dict[str, Any],
-    ) -> Call:
-        """The arguments sorted by kind, and the key of their numbers."""
+    def _key(
+        self, model_output: Tensor, timestep: Any, sample: Tensor, named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
+        """What the coefficients depend on besides the state, and the tensors among the options.
+
+        These are taken out of ``named``, and numbers in tensors become plain numbers.
+        """
         runtime = self._fastdiff
         place = self.__dict__.get("_step_index", runtime)
         if place is None:
@@ -122,20 +141,18 @@ class DropIn:
             place = runtime.number(timestep)
         elif self._fd_by_value:
             place = place, runtime.number(timestep)
-        learned = self._fd_learned and model_output.shape != sample.shape
         kind = timestep.dtype if isinstance(timestep, Tensor) else type(timestep)
+        learned = self._fd_learned and model_output.shape != sample.shape
         given: dict[str, Tensor] = {}
         if not named:
-            key: tuple[Any, ...] = (place, kind, learned)
-        else:
-            for name, value in list(named.items()):
-                if isinstance(value, Tensor):
-                    if value.dim():
-                        given[name] = named.pop(name)
-                    else:
-                        named[name] = runtime.number(value)
-            key = (place, kind, learned, *given, *named.items())
-        return Call(model_output, timestep, sample, generator, named, given, learned, key)
+            return (place, kind, learned), given
+        for name, value in list(named.items()):
+            if isinstance(value, Tensor):
+                if value.dim():
+                    given[name] = named.pop(name)
+                else:
+                    named[name] = runtime.number(value)
+        return (place, kind, learned, *given, *named.items()), given
 
     def _find(self, plan: Plan, call: Call, seen: tuple[Any, ...]) -> Move | str:
         """The move of a call that has not been met before, or why it has none."""
@@ -179,7 +196,7 @@ class DropIn:
             tensors = tensors_of(self.__dict__, self._fd_state)
             tensors.update(call.given)
             if move.seeded:
-                seeds = self._seeds(call)
+                seeds = self._seeds(call.generator, sample)
             self._draw(tensors, move, call, answer, variance)
             for name in move.evicted:
                 tensors[name] = tensors[name].clone()
@@ -241,13 +258,20 @@ class DropIn:
             return reverse_step(
                 x, model_output, move.rows, k, clip=move.clip, y=anchor, **state
             ).to(dtype)
-        sample = call.sample
+        return self._later(move, model_output, call.sample, dtype)[k - 1]
 
-        def make() -> Tensor:
+    def _later(
+        self, move: Move, model_output: Tensor, sample: Tensor, dtype: Any = torch.float32
+    ) -> list[Later]:
+        """The outputs behind the next sample, none of them computed yet."""
+
+        def make(k: int) -> Tensor:
             whole = sample.float() if sample.dtype in _HALVES else sample
             return reverse_step(whole, model_output, move.rows, k, clip=move.clip).to(dtype)
 
-        return Later(self._fd_outputs[k], make, (sample, model_output))
+        reads = (sample, model_output)
+        names = self._fd_outputs
+        return [Later(names[k], make, k, reads) for k in range(1, len(move.lazy) + 1)]
 
     def _limit(self, move: Move, x: Tensor, model_output: Tensor, out: Tensor) -> None:
         """The predicted clean data, limited by a quantile of each sample."""
@@ -285,12 +309,12 @@ class DropIn:
 
     # --- noise ------------------------------------------------------------------------------
 
-    def _seeds(self, call: Call) -> Tensor:
+    def _seeds(self, generator: Any, x: Tensor) -> Tensor:
         """(N,) seeds of the samples, the same in every step of a run."""
-        runtime, x = self._fastdiff, call.sample
-        of = (call.generator, len(x), x.device)
+        runtime = self._fastdiff
+        of = (generator, len(x), x.device)
         if runtime.seeds is None or runtime.seeds[0] != of:
-            runtime.seeds = of, seeds_of(call.generator, len(x)).to(x.device)
+            runtime.seeds = of, seeds_of(generator, len(x)).to(x.device)
         return runtime.seeds[1]
 
     def _draw(
@@ -318,7 +342,7 @@ class DropIn:
         """The noise sampler, made at its first use as diffusers does."""
         if self.__dict__["noise_sampler"] is None:
             if self.config.noise == "counter":
-                made: Any = CounterPath(self._seeds(call), call.sample)
+                made: Any = CounterPath(self._seeds(call.generator, call.sample), call.sample)
             else:
                 made = brownian_tree(self, call.generator, call.sample, call.model_output)
             self.noise_sampler = made
