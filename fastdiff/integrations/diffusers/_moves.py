@@ -72,6 +72,7 @@ class Move:
         kept: (attribute, what it holds afterwards), see `Trace.kept`; for tensors a (kind, value).
         scaled: the noise that is drawn is to be scaled by a learned variance, (scale, shift).
         seeded: the rows draw noise themselves.
+        drawn_at: counter of the noise that is drawn as tensors; None: it is diffusers' own.
         spanned: the noise comes from a noise sampler, by spans of sigma.
         quick: the same laid out for the quick road (`_quick.Quick`), or None.
         plain: the rows read the sample and the model output alone, and write the sample alone.
@@ -91,6 +92,7 @@ class Move:
     kept: tuple[tuple[str, Any], ...]
     scaled: tuple[float, float] | None
     seeded: bool
+    drawn_at: int | None
     spanned: bool
     plain: bool
     quick: Any = None
@@ -115,8 +117,11 @@ class _Binding:
     def __init__(self, trace: Trace, places: dict[str, int], counter: int | None) -> None:
         self.trace = trace
         self.spanned = any(trace.spans)
-        # the spans of a noise sampler overlap, and so their noise is not drawn anew
-        self.counter = None if self.spanned else counter
+        # noise that is kept for the next step has to be a tensor, and so has that of a noise
+        # sampler, whose spans overlap
+        held = any(set(f) & set(NOISE) for f in _forms(trace.kept))
+        self.counter = None if self.spanned or held else counter
+        self.drawn_at = counter if held else None
         self.places = {n: p for n, p in places.items() if p != FOREIGN}  # of tensors, as they are
         self.copies: list[tuple[str, int]] = []
         self.evicted: list[str] = []
@@ -271,8 +276,8 @@ def bind(trace: Trace, places: dict[str, int], counter: int | None) -> Move:
     if b.counter is not None:
         for k in range(len(trace.draws)):
             # draws of one step: neighbouring counters
-            ints[:, STREAM1 + 2 * k : STREAM1 + 2 * k + 2] = (Stream.STEP, 2 * b.counter + k)
-        assert COUNTER1 == STREAM1 + 1
+            ints[:, STREAM1 + 2 * k] = Stream.STEP
+            ints[:, COUNTER1 + 2 * k] = len(NOISE) * b.counter + k
         if trace.log_variance is not None:
             floats[:, LV_SCALE], floats[:, LV_SHIFT] = trace.log_variance
             ints[:, FLAGS] |= LEARNED_VARIANCE
@@ -299,6 +304,7 @@ def bind(trace: Trace, places: dict[str, int], counter: int | None) -> Move:
         kept=tuple((name, _kept(value, b)) for name, value in trace.kept.items()),
         scaled=trace.log_variance if b.counter is None else None,
         seeded=b.counter is not None and bool(trace.draws),
+        drawn_at=b.drawn_at,
         spanned=b.spanned,
         plain=not (buffered or b.evicted or b.anchor or b.copies or max(used) >= 0 or trace.draws)
         and not any(f and _single(f) not in (None, SAMPLE, OUTPUT) for f in _forms(trace.kept)),

@@ -73,6 +73,7 @@ def fits(move: Move) -> bool:
     return (
         _native.reads_tensors
         and not (move.copies or move.evicted or move.spanned or move.limited >= 0 or move.scaled)
+        and move.drawn_at is None
         and all(move.lazy)
         and move.rows.needs[0].variance is False
         and (not move.draws or (len(move.draws) == 1 and move.anchor == NOISE[0]))
