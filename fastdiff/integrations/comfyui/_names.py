@@ -22,7 +22,10 @@ NOISES = ("comfyui", "counter", "brownian")
 # names of ComfyUI that are a solver with options
 _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpmpp_2m_sde_heun": ("dpmpp_2m_sde", {"solver_type": "heun"}),
-    "exp_heun_2_x0": ("seeds_2", {"eta": 0.0, "r": 1.0, "solver_type": "phi_2"}),
+    "exp_heun_2_x0": (
+        "seeds_2",
+        {"eta": 0.0, "s_noise": 1.0, "r": 1.0, "solver_type": "phi_2"},
+    ),
     "exp_heun_2_x0_sde": ("seeds_2", {"r": 1.0, "solver_type": "phi_2"}),
     "res_multistep_ancestral_cfg_pp": ("res_multistep_cfg_pp", {"eta": 1.0}),
     "sa_solver_pece": ("sa_solver", {"pece": True}),
@@ -33,9 +36,10 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
 # ComfyUI's plain KSampler leaves out the last level but 0 for these of its own
 DISCARD_PENULTIMATE = ("dpm_2", "dpm_2_ancestral", "uni_pc", "uni_pc_bh2")
 
-# what the adapter sets itself, or what is no number, word or flag
+# what the adapter sets itself, what is no number, word or flag, and what has no effect here
 _HIDDEN = {
     "rf", "min_alpha", "restarts", "disable_corrector", "tau_start", "tau_end", "timestep_scaling",
+    "use_clipped_model_output",
 }  # fmt: skip
 
 _CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
@@ -95,6 +99,13 @@ def defaults(name: str) -> dict[str, Any]:
     named = list(inspect.signature(SOLVERS[offer.solver]).parameters.values())[1:]
     shown = {p.name: p.default for p in named if p.name not in _HIDDEN | set(offer.fixed)}
     return {k: MOST if v == math.inf else v for k, v in shown.items()}
+
+
+def draws(name: str) -> bool:
+    """Whether the solver of this name may draw noise."""
+    solver, fixed = OFFERS[name]
+    can = {"eta", "s_noise"} & set(inspect.signature(SOLVERS[solver]).parameters)
+    return (bool(can) or solver == "ddpm") and fixed.get("eta") != 0.0
 
 
 def widget(name: str, option: str) -> tuple[Any, dict[str, Any]]:

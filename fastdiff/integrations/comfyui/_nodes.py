@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastdiff import spacings
 from fastdiff.integrations.comfyui import _schedules
-from fastdiff.integrations.comfyui._names import NOISES, OFFERS, PREFIX, defaults, widget
+from fastdiff.integrations.comfyui._names import NOISES, OFFERS, defaults, draws, widget
 from fastdiff.integrations.comfyui._noise import CounterNoise
 from fastdiff.integrations.comfyui._samplers import sampler_function
 from fastdiff.solvers import SOLVERS
@@ -46,7 +46,9 @@ class SamplerNode:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         shown = {option: widget(cls.name, option) for option in defaults(cls.name)}
-        return {"required": {**shown, "noise": (list(NOISES), {"default": NOISES[0]})}}
+        if draws(cls.name):
+            shown["noise"] = (list(NOISES), {"default": NOISES[0]})
+        return {"required": shown}
 
     def get_sampler(self, **options: Any) -> tuple[Any]:
         """A KSAMPLER with the options."""
@@ -132,4 +134,4 @@ def _classes() -> tuple[dict[str, type], dict[str, str]]:
 
 NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = _classes()
 
-__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "PREFIX"]
+__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]

@@ -22,7 +22,7 @@ def register() -> list[str]:
         ImportError: ComfyUI's ``comfy`` can not be imported.
     """
     import comfy.samplers as known  # type: ignore[import-not-found]
-    from comfy.k_diffusion import sampling
+    from comfy.k_diffusion import sampling  # type: ignore[import-not-found]
 
     added = []
     for name in OFFERS:

@@ -16,7 +16,7 @@ from fastdiff.integrations._walk_denoiser import (
     scaled_noise,
     walk,
 )
-from fastdiff.integrations.comfyui._names import NOISES, OFFERS, PREFIX, defaults
+from fastdiff.integrations.comfyui._names import NOISES, OFFERS, PREFIX
 from fastdiff.integrations.comfyui._noise import comfyui_noise, seeds_of
 from fastdiff.schedules import Grid, Schedule, edm, flow
 from fastdiff.solvers import build_on
@@ -229,4 +229,4 @@ def sampler_function(name: str) -> Callable[..., Tensor]:
     return function
 
 
-__all__ = ["Plan", "defaults", "is_flow", "plan", "sample", "sampler_function"]
+__all__ = ["Plan", "is_flow", "plan", "sample", "sampler_function"]
