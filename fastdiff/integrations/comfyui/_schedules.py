@@ -78,7 +78,7 @@ def sigmas(model_sampling: Any, spacing: str, steps: int, **options: Any) -> Ten
             options = {"T": count} | options
     grid = schedule.points(steps, spacing, **options)
     levels = grid.sigmas if schedule.kind == "flow" else grid.sigmas / grid.alphas
-    return torch.from_numpy(levels).float()
+    return torch.tensor(levels, dtype=torch.float32)
 
 
 def denoise_tail(
