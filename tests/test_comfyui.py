@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import json
@@ -222,6 +223,8 @@ def test_counter_noise_object():
     got = noise.generate_noise({"samples": torch.zeros(2, 3, 2)})
     assert torch.equal(got, fastdiff.randn([2**64 - 1, 0], (3, 2)))
     assert got.dtype == torch.float32 and noise.seed == 2**64 - 1
+    # ComfyUI copies what it caches
+    assert copy.deepcopy(noise.seed).images == noise.seed.images == (0, 1)
 
 
 # --- schedules ------------------------------------------------------------------------------

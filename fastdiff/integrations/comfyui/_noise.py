@@ -26,7 +26,7 @@ class ImageSeed(int):
 
     images: tuple[int, ...]
 
-    def __new__(cls, seed: int, images: tuple[int, ...]) -> ImageSeed:
+    def __new__(cls, seed: int, images: tuple[int, ...] = ()) -> ImageSeed:
         made = super().__new__(cls, seed)
         made.images = images
         return made
