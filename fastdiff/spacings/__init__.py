@@ -18,7 +18,7 @@ from fastdiff.spacings.levels import AYS, RAMPS, Array, times_of
 if TYPE_CHECKING:
     from fastdiff.schedules import Schedule
 
-__all__ = ["AYS", "OPTIONS", "SPACINGS", "options_of", "points", "times_of"]
+__all__ = ["AYS", "OPTIONS", "SPACINGS", "options_of", "points", "rule_of", "times_of"]
 
 # the spacings of each kind of schedule, its default first
 SPACINGS: dict[str, tuple[str, ...]] = {
@@ -55,10 +55,15 @@ _OF_LEVELS: dict[str, Callable[..., Array]] = {
 }
 
 
+def rule_of(name: str) -> Callable[..., Array] | None:
+    """The function of a spacing; a published table has none."""
+    return RAMPS.get(name) or _OF_TIMES.get(name) or _OF_LEVELS.get(name)
+
+
 def options_of(name: str) -> tuple[str, ...]:
     """The options that a spacing takes."""
-    rule = RAMPS.get(name) or _OF_TIMES.get(name) or _OF_LEVELS.get(name)
-    if rule is None:  # a published table has none
+    rule = rule_of(name)
+    if rule is None:
         return ()
     named = inspect.signature(rule).parameters.values()
     return tuple(p.name for p in named if p.kind is p.KEYWORD_ONLY)
