@@ -38,8 +38,8 @@ class Process:
             raise ValueError(
                 f"GaussianDiffusion: schedule must be discrete, got kind {schedule.kind!r}"
             )
-        choice("prediction", prediction, PREDICTIONS)
-        choice("variance", variance, VARIANCES)
+        choice("prediction", prediction, PREDICTIONS, "GaussianDiffusion")
+        choice("variance", variance, VARIANCES, "GaussianDiffusion")
         self.schedule, self.prediction, self.variance = schedule, prediction, variance
         self.rescale_timesteps = rescale_timesteps
         self.original_num_steps = len(schedule.alphas_cumprod)

@@ -102,7 +102,8 @@ def create_gaussian_diffusion(
     Raises:
         ValueError: an argument breaks its rule.
     """
-    choice("noise_schedule", noise_schedule, ("linear", "cosine"))
+    where = "create_gaussian_diffusion"
+    choice("noise_schedule", noise_schedule, ("linear", "cosine"), where)
     schedule = (
         schedules.cosine(steps)
         if noise_schedule == "cosine"
