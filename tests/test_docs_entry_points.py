@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
+
+from fastdiff import cli
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -61,3 +64,12 @@ def test_only_the_import_changes(page):
     assert before[1:] == after[1:]
     assert before[0].split(" import ")[0] != after[0].split(" import ")[0]
     assert before[0].split(" import ")[1] == after[0].split(" import ")[1]
+
+
+def test_commands_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    commands = [line for block in blocks_of("edm", "sh") for line in block.splitlines()]
+    assert len(commands) == 1
+    assert cli.main(shlex.split(commands[0])[1:]) == 0
+    names = sorted(path.name for path in (tmp_path / "out" / "000000").iterdir())
+    assert names == [f"{seed:06d}.png" for seed in range(4)]
