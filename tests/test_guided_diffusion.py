@@ -199,6 +199,21 @@ def test_seeds_with_hooks_and_single_steps():
     assert_within_budget(hooked["pred_xstart"], plain["pred_xstart"], exact["pred_xstart"], ulps=0)
 
 
+@pytest.mark.parametrize("seeds", [None, [4, 9]], ids=["torch", "seeds"])
+@pytest.mark.parametrize("hook", [None, torch.tanh], ids=["plain", "hooked"])
+def test_outputs_in_bfloat16_are_widened(hook, seeds):
+    diffusion, _ = make("learned")
+    model, got = model_of(diffusion), []
+
+    def rounded(x, t):
+        return model(x, t).bfloat16()
+
+    for called in (rounded, lambda x, t: rounded(x, t).float()):
+        torch.manual_seed(6)
+        got.append(diffusion.p_sample_loop(called, SHAPE, denoised_fn=hook, seeds=seeds))
+    assert_same_bits(*got)
+
+
 def test_one_pass_a_step(monkeypatch):
     rows = []
 
