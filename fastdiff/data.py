@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
 import struct
 from pathlib import Path
 
@@ -13,7 +14,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["DEFAULT_FOLDER", "LABELS", "fashion_mnist", "read_idx", "save_grid", "to_unit_range"]
+__all__ = [
+    "DEFAULT_FOLDER", "LABELS", "fashion_mnist", "read_idx", "save_grid", "save_image",
+    "to_unit_range",
+]  # fmt: skip
 
 DEFAULT_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 LABELS = (
@@ -118,6 +122,32 @@ def save_grid(images: Tensor, path: str | Path, columns: int) -> None:
     n, _, h, w = images.shape
     rows = -(-n // columns)
     grid = torch.zeros(rows * columns, h, w, dtype=torch.uint8)
-    grid[:n] = ((images[:, 0].float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    grid[:n] = _bytes(images[:, 0])
     pixels = grid.view(rows, columns, h, w).transpose(1, 2).reshape(rows * h, columns * w)
     Image.fromarray(pixels.numpy()).save(path)
+
+
+def save_image(image: Tensor, path: str | Path) -> None:
+    """Write one image as a PNG that is there whole or not at all.
+
+    Args:
+        image: `(1, h, w)` grey or `(3, h, w)` RGB, in [-1, 1]; values outside are clamped.
+        path: the file to write or to replace, in an existing folder.
+    """
+    if image.ndim != 3 or image.shape[0] not in (1, 3):
+        raise ValueError(
+            f"data: image must have shape (1, h, w) or (3, h, w), got {tuple(image.shape)}"
+        )
+    pixels = _bytes(image).permute(1, 2, 0).squeeze(-1).contiguous()
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        Image.fromarray(pixels.numpy()).save(part, format="PNG")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _bytes(images: Tensor) -> Tensor:
+    """[-1, 1] as 0 to 255, on the CPU."""
+    return ((images.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

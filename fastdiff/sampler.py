@@ -161,7 +161,7 @@ class Sampler:
         check_number("clip", clip)
         if isinstance(clip, (int, float)) and clip < 0:
             raise ValueError(f"Sampler: clip must not be negative, got {clip}")
-        first = _first_parameter(model)
+        first = first_parameter(model)
         self.model, self.table, self.batched = model, table, batched
         self.guidance, self.clip = guidance, clip
         self.guide_model = guide_model
@@ -350,7 +350,8 @@ def _has_variance(output: Tensor, x: Tensor) -> bool:
     return x.dim() > 1 and output.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:])
 
 
-def _first_parameter(model: Model) -> Tensor | None:
+def first_parameter(model: Model) -> Tensor | None:
+    """The parameter whose dtype and device are taken for the model's; None for a function."""
     if not isinstance(model, torch.nn.Module):
         return None
     return next((p for p in model.parameters() if p.is_floating_point()), None)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import fastdiff
+from fastdiff import checkpoints, schedules
 from fastdiff.integrations import _chains, _transformer
+from fastdiff.models.unet import UNet, UNetConfig
 from fastdiff.ops import _native
 
 # instruction sets of this machine, best first; none where the extension is missing
@@ -64,3 +67,16 @@ def modulations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name in ("modulate", "gated_residual"):
         monkeypatch.setattr(_transformer, name, counting(name))
     return calls
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A small untrained checkpoint on disk."""
+    torch.manual_seed(0)
+    config = UNetConfig(image_size=16, channels=(8, 8), num_classes=3, embed_dim=16, head_dim=8)
+    card = {
+        "prediction": "v_prediction",
+        "classes": ["Coat", "Bag", "Boot"],
+        "sampling": {"guidance": 1.5, "shape": [1, 16, 16]},
+    }
+    return checkpoints.save(tmp_path / "tiny", UNet(config), schedules.cosine(), card)

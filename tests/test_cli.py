@@ -1,5 +1,6 @@
 """The command line, run as a user runs it: pictures, lists, and errors with their reason."""
 
+import os
 import subprocess
 import sys
 
@@ -9,20 +10,6 @@ import torch
 from PIL import Image
 
 from fastdiff import checkpoints, cli, schedules, solvers
-from fastdiff.models.unet import UNet, UNetConfig
-
-
-@pytest.fixture
-def tiny(tmp_path):
-    """A small untrained checkpoint on disk."""
-    torch.manual_seed(0)
-    config = UNetConfig(image_size=16, channels=(8, 8), num_classes=3, embed_dim=16, head_dim=8)
-    card = {
-        "prediction": "v_prediction",
-        "classes": ["Coat", "Bag", "Boot"],
-        "sampling": {"guidance": 1.5, "shape": [1, 16, 16]},
-    }
-    return checkpoints.save(tmp_path / "tiny", UNet(config), schedules.cosine(), card)
 
 
 def run(*words):
@@ -42,6 +29,43 @@ def test_sample_writes_picture_and_arrays(tiny, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "dpmpp_2m with 3 steps (3 model evaluations)" in printed
     assert "sample" in printed and " s " in printed
+
+
+def test_strip_shows_x0_at_each_evaluation(tiny, tmp_path):
+    out, strip, arrays = (tmp_path / name for name in ("grid.png", "strip.png", "arrays.npz"))
+    words = ["--model", tiny, "--solver", "heun", "--steps", 3, "--seeds", "4,6", "--label", 1]
+    assert run("sample", *words, "--out", out, "--save", arrays, "--strip", strip) == 0
+    with Image.open(strip) as picture:
+        pixels = np.asarray(picture)
+    table = solvers.build("heun", schedules.cosine(), 3, prediction="v_prediction")
+    assert pixels.shape == (2 * 16, table.nfe * 16)  # an image a row, an evaluation a column
+    images = np.load(arrays)["images"][:, 0]
+    last = np.rint((images.clip(-1, 1) + 1) * 127.5).astype(np.uint8)  # it ends in that x0
+    assert np.array_equal(pixels[:, -16:].reshape(2, 16, 16), last)
+    assert not np.array_equal(pixels[:, :16], pixels[:, -16:])
+
+
+def test_options_reach_the_solver_and_the_spacing(tiny, tmp_path):
+    def arrays(*words):
+        out = tmp_path / "a.npz"
+        base = ["--model", tiny, "--steps", 4, "--seeds", 3, "--out", tmp_path / "a.png"]
+        assert run("sample", *base, "--save", out, *words) == 0
+        return np.load(out)["images"]
+
+    ddim = arrays("--solver", "ddim")
+    assert np.array_equal(ddim, arrays("--solver", "ddim", "--option", "eta=0"))
+    assert not np.array_equal(ddim, arrays("--solver", "ddim", "--option", "eta=1.0"))
+    karras = ["--solver", "euler", "--spacing", "karras", "--option", "final=sigma_min"]
+    assert not np.array_equal(arrays(*karras), arrays(*karras, "--option", "rho=3"))
+
+
+def test_class_is_another_word_for_label(tiny, tmp_path):
+    for word in ("--label", "--class"):
+        saved = tmp_path / f"{word[2:]}.npz"
+        words = ["--model", tiny, "--steps", 1, "--seeds", 3, "--out", tmp_path / "a.png"]
+        assert run("sample", *words, word, "bag", "--save", saved) == 0
+    one, other = (np.load(tmp_path / f"{name}.npz") for name in ("label", "class"))
+    assert np.array_equal(one["images"], other["images"]) and other["label"].tolist() == [1]
 
 
 @pytest.mark.parametrize("solver", sorted(solvers.SOLVERS))
@@ -129,6 +153,12 @@ def test_doctor_names_every_backend_and_the_cost(capsys):
         (["--model", "absent"], "name must be one of"),
         (["--backend", "cuda"], "backend cuda refused"),
         (["--spacing", "wavy"], "spacing must be one of"),
+        (["--option", "eta"], "option must be like eta=0.5, got 'eta'"),
+        (["--option", "eta=0.5"], "options of dpmpp_2m must be among"),
+        (["--strip", "no/such/folder/x.png"], "strip must lie in an existing folder"),
+        (["--subdirs"], "subdirs must be given with --outdir, got True"),
+        (["--batch", "4"], "batch must be given with --outdir, got 4"),
+        (["--resume"], "resume must be given with --outdir, got True"),
     ],
 )
 def test_errors_say_the_rule_and_the_value(tiny, tmp_path, capsys, words, message):
@@ -156,3 +186,19 @@ def test_module_entry_point():
         [sys.executable, "-m", "fastdiff", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("fastdiff ")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize("words", [["solvers"], ["doctor"], ["--help"], ["train", "--help"]])
+def test_a_reader_that_leaves_early_is_no_error(words, unbuffered):
+    """As in `fastdiff solvers | head -1`: here the pipe is closed before anything is written."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastdiff", *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+    )  # fmt: skip
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    # argparse ends well where its own write of a help text fails
+    assert process.wait() == 1 or words[-1] == "--help"

@@ -33,6 +33,7 @@ class Stream(IntEnum):
     REPARAMETERIZE = 3
     FORWARD = 4
     BROWNIAN = 5
+    LABEL = 6
 
 
 class Draw(NamedTuple):
