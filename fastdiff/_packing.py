@@ -109,7 +109,7 @@ class SlotRows(Packing):
         self.needs = tuple(
             Needs(
                 output=True,
-                uncond=False,
+                uncond=bool(at["u"][i]),
                 variance=variance and bool(at["n1"][i]),
                 anchor=bool(at["y"][i]),
                 writes_anchor=bool((floats[i, B : B + len(TERMS)] != 0.0).any()),

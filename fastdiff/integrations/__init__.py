@@ -1,2 +1,2 @@
-"""What brings the fused ops into other libraries' models. Nothing here imports those libraries: a
-module of theirs can only exist where they are imported already."""
+"""Other libraries' habits on the tables and fused ops of this one, a module a library. None of them
+is imported by ``import fastdiff``, and only ``diffusers`` needs its library to be installed."""

@@ -62,6 +62,7 @@ class Move:
             cloned before the rows run.
         copies: (name, slot) of tensors to copy before the rows run, into history slots or ANCHOR.
         anchor: name of the tensor that is read as the anchor in place; None: the buffer, if any.
+        raw: name of the noise that is read as the raw second output of the model, or None.
         buffered: the rows use the anchor buffer.
         push: slot that row 0 writes, or -1.
         depth: slots that the history must have.
@@ -82,6 +83,7 @@ class Move:
     evicted: tuple[str, ...]
     copies: tuple[tuple[str, int], ...]
     anchor: str | None
+    raw: str | None
     buffered: bool
     push: int
     depth: int
@@ -178,8 +180,11 @@ class _Binding:
         if self.quantile:
             self.limited = self.places[LIMITED] = self._free()
         drawn = NOISE[: len(self.trace.draws)] if self.counter is None else ()
+        # noise in the model's dtype stands where the unconditional output would: nothing is guided
+        plain = [n for n, wide in zip(drawn, self.trace.draws, strict=False) if not wide]
+        self.raw = plain[0] if plain and self.trace.log_variance is None else None
         foreign = [n for n in self.read if places.get(n) == FOREIGN] + [
-            n for n in drawn if n in self.read
+            n for n in drawn if n in self.read and n != self.raw
         ]
         for name in foreign:
             if self.written is not None and ANCHOR not in self.places.values():
@@ -212,6 +217,8 @@ class _Binding:
             return TERMS.index("y" if place == ANCHOR else f"h{place}")
         if name == LIMITED:
             return TERMS.index("d")
+        if name == self.raw:
+            return TERMS.index("u")
         return TERMS.index(("n1", "n2")[NOISE.index(name)])
 
 
@@ -294,6 +301,7 @@ def bind(trace: Trace, places: dict[str, int], counter: int | None) -> Move:
         evicted=tuple(b.evicted),
         copies=tuple(b.copies),
         anchor=b.anchor,
+        raw=b.raw,
         buffered=buffered,
         push=b.push,
         depth=HISTORY_SLOTS if max(used) >= 0 else 0,

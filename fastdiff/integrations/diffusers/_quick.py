@@ -28,13 +28,14 @@ class Quick:
         clip: bound of the prediction.
         buffered, seeded, ringed: whether the anchor buffer, seeds or history are read or written.
         anchor: where the anchor is: an attribute and a member of it or None; or None.
-        noise: whether the anchor is noise from a generator.
+        noise: whether noise is drawn from a generator; ``raw``: it is the raw second output of
+            the model rather than the anchor.
         index: what `_step_index` is afterwards.
         kept: (attribute, kind, what it holds afterwards), tensors by where they were.
     """
 
     __slots__ = (
-        "anchor", "arguments", "buffered", "clip", "index", "kept", "noise", "ringed", "rows",
+        "anchor", "arguments", "buffered", "clip", "index", "kept", "noise", "raw", "ringed", "rows",
         "seeded",
     )  # fmt: skip
 
@@ -45,7 +46,7 @@ class Quick:
         )  # fmt: skip
         self.clip, self.buffered, self.seeded = move.clip, move.buffered, move.seeded
         self.ringed = move.rows.needs[0].history > 0
-        self.noise = bool(move.draws)
+        self.noise, self.raw = bool(move.draws), move.raw is not None
         self.anchor: tuple[str, int | None] | None = None
         if move.anchor is not None and move.anchor not in NOISE:
             self.anchor = _path(move.anchor)
@@ -76,7 +77,7 @@ def fits(move: Move) -> bool:
         and move.drawn_at is None
         and all(move.lazy)
         and move.rows.needs[0].variance is False
-        and (not move.draws or (len(move.draws) == 1 and move.anchor == NOISE[0]))
+        and (not move.draws or (len(move.draws) == 1 and NOISE[0] in (move.anchor, move.raw)))
     )
 
 
@@ -92,28 +93,33 @@ def run(
     quick: Quick = move.quick
     values = scheduler.__dict__
     runtime = values["_fastdiff"]
-    anchor = seeds = None
+    anchor = raw = seeds = None
     if quick.buffered:
         anchor = runtime.buffer
     elif quick.anchor is not None:
         name, member = quick.anchor
         anchor = values[name] if member is None else values[name][member]
-    elif quick.noise:
+    if quick.noise:
         if not (
             sample.is_contiguous()
             and sample.is_cpu
             and sample.dtype == torch.float32
             and model_output.is_contiguous()
             and model_output.shape == sample.shape
+            and not (quick.ringed and (runtime.ring is None or runtime.like[0] != sample.shape))
         ):
             return None  # before anything is drawn
-        anchor = drawn(model_output, generator, torch.float32)
+        noise = drawn(model_output, generator, torch.float32)
+        if quick.raw:
+            raw = noise
+        else:
+            anchor = noise
     if quick.seeded:
         seeds = scheduler._seeds(generator, sample)
     new = _native.extension.quick_step(
         sample,
         model_output,
-        None,
+        raw,
         None,
         anchor,
         runtime.ring if quick.ringed else None,
@@ -127,7 +133,10 @@ def run(
     if new is None:
         if not quick.noise:
             return None
-        new = reverse_step(sample, model_output, move.rows, 0, clip=quick.clip, y=anchor)
+        new = reverse_step(
+            sample, model_output, move.rows, 0, uncond=raw, clip=quick.clip, y=anchor,
+            history=runtime.ring if quick.ringed else None,
+        )  # fmt: skip
     if quick.index is not None:
         values["_step_index"] = quick.index
     if quick.kept:

@@ -214,7 +214,10 @@ class DropIn:
                 anchor = anchor.contiguous(memory_format=runtime.like[3])
             if move.limited >= 0:
                 self._limit(move, x, model_output, runtime.views[move.limited])
-        state: dict[str, Any] = {"variance": variance, "history": history, "seeds": seeds}
+        raw = None if move.raw is None else tensors[move.raw]
+        state: dict[str, Any] = {
+            "uncond": raw, "variance": variance, "history": history, "seeds": seeds
+        }  # fmt: skip
         later = tuple(
             self._further(k, move, call, x, model_output, anchor, state, answer)
             for k in range(1, len(move.lazy) + 1)
