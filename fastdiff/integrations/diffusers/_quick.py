@@ -26,7 +26,7 @@ class Quick:
     Attributes:
         arguments: of the C++ step behind the tensors: packed rows, row, needs.
         clip: bound of the prediction.
-        buffered, seeded, ringed: whether the anchor buffer, seeds or history are read or written.
+        buffered, seeded, ringed: whether anchor buffer, seeds or history are read or written.
         anchor: where the anchor is: an attribute and a member of it or None; or None.
         noise: whether noise is drawn from a generator; ``raw``: it is the raw second output of
             the model rather than the anchor.
