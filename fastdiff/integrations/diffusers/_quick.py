@@ -35,8 +35,8 @@ class Quick:
     """
 
     __slots__ = (
-        "anchor", "arguments", "buffered", "clip", "index", "kept", "noise", "raw", "ringed", "rows",
-        "seeded",
+        "anchor", "arguments", "buffered", "clip", "index", "kept", "noise", "raw", "ringed",
+        "rows", "seeded",
     )  # fmt: skip
 
     def __init__(self, move: Move) -> None:
