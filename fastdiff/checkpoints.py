@@ -21,6 +21,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from fastdiff import schedules
+from fastdiff.models._keys import require_fit
 from fastdiff.models.unet import UNet, UNetConfig
 from fastdiff.schedules import Schedule
 
@@ -129,16 +130,8 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """
     if isinstance(model, UNet):
         weights = model.upgrade_state_dict(weights)
-    have = model.state_dict()
-    lines = [f"missing    {name} {tuple(have[name].shape)}" for name in have if name not in weights]
-    lines += [f"unexpected {n} {tuple(w.shape)}" for n, w in weights.items() if n not in have]
-    lines += [
-        f"misshapen  {name} {tuple(have[name].shape)}, got {tuple(w.shape)}"
-        for name, w in weights.items()
-        if name in have and have[name].shape != w.shape
-    ]
-    if lines:
-        raise ValueError("load: weights must fit the model, got\n  " + "\n  ".join(lines))
+    want = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    require_fit("load", want, weights)
     model.load_state_dict(dict(weights))
 
 
