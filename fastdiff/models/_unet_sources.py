@@ -169,7 +169,7 @@ def diffusers_config(options: Mapping[str, Any]) -> UNetConfig:
     )
 
 
-def _numbers(text: str | Sequence[float]) -> list[float]:
+def numbers(text: str | Sequence[float]) -> list[float]:
     """The numbers of "1,2,4", as the scripts take them, or of a sequence."""
     return [float(n) for n in text.split(",")] if isinstance(text, str) else list(text)
 
@@ -202,9 +202,9 @@ def from_guided_diffusion(
         raise ValueError(f"{op}: channel_mult must {rule}, got {channel_mult!r} for {image_size}")
     if class_cond and "label_emb.weight" not in state:
         raise ValueError(f"{op}: weights must hold 'label_emb.weight', got no such key")
-    multiples = _numbers(channel_mult or CHANNEL_MULT[image_size])
+    multiples = numbers(channel_mult or CHANNEL_MULT[image_size])
     # the scripts take sizes and keep rates; one that no level has is passed over
-    rates = {image_size // int(size) for size in _numbers(attention_resolutions)}
+    rates = {image_size // int(size) for size in numbers(attention_resolutions)}
     attention = [image_size >> i for i in range(len(multiples)) if 1 << i in rates]
     plain = ("conv", "conv") if conv_resample else ("pool", "nearest")
     downsample, upsample = ("resblock", "resblock") if resblock_updown else plain
