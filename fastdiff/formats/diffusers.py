@@ -27,6 +27,7 @@ from fastdiff.schedules import Schedule
 __all__ = ["CONFIG", "PIPELINE", "SCHEDULER", "load_folder", "part_of"]
 
 PIPELINE, CONFIG, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
+MOST_PATCHES = 1024  # a side
 PARTS = ("unet", "transformer")  # of a pipeline: the model that denoises
 
 
@@ -42,6 +43,16 @@ def _levels(config: Any) -> int:
     return int(config.blocks) * len(config.channels)
 
 
+def _dit_config(options: Mapping[str, Any]) -> DiTConfig:
+    config = DiTConfig(**_dit_keys.diffusers_config(options))
+    # positions are computed, so no weight says how many there are
+    if config.image_size // config.patch_size > MOST_PATCHES:
+        raise ValueError(
+            f"load: sample_size must be at most {MOST_PATCHES} patches, got {config.image_size}"
+        )
+    return config
+
+
 KINDS: dict[str, _Kind] = {
     "AutoencoderKL": _Kind(
         lambda c: AutoencoderConfig(**_autoencoder_keys.diffusers_config(c)),
@@ -49,7 +60,7 @@ KINDS: dict[str, _Kind] = {
         _levels,
     ),
     "DiTTransformer2DModel": _Kind(
-        lambda c: DiTConfig(**_dit_keys.diffusers_config(c)),
+        _dit_config,
         DiT._with_diffusers,
         lambda config: int(config.depth),
     ),

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from fastdiff import schedules
+from fastdiff.formats.schedulers import MOST_TIMES
 from fastdiff.models import UNet
 from fastdiff.models._unet_sources import CHANNEL_MULT, from_guided_diffusion, numbers
 from fastdiff.schedules import Schedule
@@ -30,6 +31,7 @@ _DIFFUSION = {
 }  # fmt: skip
 # how those scripts train and sample: they change nothing of the model or its schedule
 _RUNS = ("timestep_respacing", "use_kl", "rescale_learned_sigmas", "use_checkpoint", "use_fp16")
+MOST_PIXELS = 1 << 16  # a side
 _NEEDED = ("image_size", "diffusion_steps", "noise_schedule")
 
 
@@ -177,11 +179,9 @@ def _check_names(flags: Mapping[str, Any]) -> None:
         kind = int if whole else type(known[name])
         if kind in (bool, int) and type(value) is not kind:
             raise TypeError(f"load: {name} must be of type {kind.__name__}, got {value!r}")
-    if flags["image_size"] < 1 or flags["diffusion_steps"] < 1:
-        raise ValueError(
-            f"load: image_size and diffusion_steps must be >= 1, got {flags['image_size']} and "
-            f"{flags['diffusion_steps']}"
-        )
+    for name, most in (("image_size", MOST_PIXELS), ("diffusion_steps", MOST_TIMES)):
+        if not 1 <= flags[name] <= most:
+            raise ValueError(f"load: {name} must lie in [1, {most}], got {flags[name]}")
     if flags.get("num_heads_upsample", -1) not in (-1, flags.get("num_heads")):
         rule = "be -1 or num_heads, since the way up has the heads of the way down"
         raise ValueError(f"load: num_heads_upsample must {rule}, got {flags['num_heads_upsample']}")

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 from fastdiff import schedules
 from fastdiff.schedules import Schedule
 
-__all__ = ["Scheduler", "read_scheduler"]
+__all__ = ["MOST_TIMES", "Scheduler", "read_scheduler"]
+
+MOST_TIMES = 1_000_000  # of a schedule in a file: memory is taken for each
 
 # schedulers of one table of betas that the model sees by its index
 DISCRETE = (
@@ -95,7 +97,11 @@ def _require(config: Mapping[str, Any], name: str, allowed: tuple[str, ...]) -> 
 
 
 def _count(config: Mapping[str, Any]) -> int:
-    count: int = config.get("num_train_timesteps", 1000)
+    count = config.get("num_train_timesteps", 1000)
+    if type(count) is not int or not 1 <= count <= MOST_TIMES:
+        raise ValueError(
+            f"load: num_train_timesteps must be an int in [1, {MOST_TIMES}], got {count!r}"
+        )
     return count
 
 
