@@ -11,7 +11,7 @@ from test_unet_guided_diffusion import CASES, Oracle, inputs, made
 import fastdiff
 from fastdiff import checkpoints, schedules
 from fastdiff.formats.guided_diffusion import infer
-from fastdiff.models import UNet
+from fastdiff.models import UNet, UNetConfig, _unet_keys
 
 RUN = {"diffusion_steps": 1000, "noise_schedule": "linear"}
 # what the weights do not tell, of the flags that made them
@@ -20,6 +20,17 @@ UNTOLD = ("image_size", "num_heads", "num_head_channels", "use_new_attention_ord
 
 def told(case: dict) -> dict:
     return {name: case[name] for name in UNTOLD if name in case}
+
+
+def published(unet: UNet) -> dict[str, torch.Tensor]:
+    """A state dict with the names that those projects have for the weights of a `UNet`."""
+    state: dict[str, torch.Tensor] = {}
+    places = _unet_keys.guided_places(unet.config)
+    for ours, theirs in _unet_keys.sources(unet, _unet_keys.GUIDED, places).items():
+        value = unet.state_dict()[ours]
+        rows = unet.film_widths if len(theirs) > 1 else [len(value)]
+        state |= dict(zip(theirs, value.split(rows), strict=True))
+    return state
 
 
 def stored(name: str, folder) -> tuple[dict, dict, str]:
@@ -190,3 +201,15 @@ def test_weights_that_are_not_of_a_unet(change, message, tmp_path):
     torch.save(state, path)
     with pytest.raises(ValueError, match=message):
         fastdiff.load(path, config={**told(case), **RUN})
+
+
+def test_widths_that_are_no_multiples_come_out_exactly(tmp_path):
+    """61 / 14 * 14 is below 61 in floating point, and the flag is a multiple."""
+    assert int(61 / 14 * 14) == 60
+    config = UNetConfig(
+        in_channels=3, image_size=4, channels=(61,), num_classes=0, null_class=False, patch_size=1,
+        embed_dim=56, time_dim=14, groups=1, heads=1, upsample="conv",
+    )  # fmt: skip
+    torch.save(published(UNet(config)), tmp_path / "m.pt")
+    flags = {**RUN, "image_size": 4, "num_heads": 1, "groups": 1}
+    assert fastdiff.load(tmp_path / "m.pt", config=flags)[0].config.channels == (61,)

@@ -31,7 +31,7 @@ def fetch(name: str, variant: str | None) -> Path:
         FileNotFoundError: the repository has no weights that can be read.
     """
     match = _NAME.fullmatch(name)
-    if match is None:
+    if match is None or ".." in name:
         raise ValueError(
             f"load: name must be like hf:owner/name, hf:owner/name/part or hf:owner/name@revision, "
             f"got {name!r}"
