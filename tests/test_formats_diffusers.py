@@ -274,8 +274,10 @@ def test_pipeline_whose_model_lies_beside_its_index(tmp_path):
     assert schedule == schedules.linear() and card["classes"] == ["0", "1", "2"]
 
 
-def test_pipeline_without_a_model(tmp_path):
-    (tmp_path / "model_index.json").write_text(json.dumps({"vae": ["diffusers", "AutoencoderKL"]}))
+@pytest.mark.parametrize("entry", [None, [None, None], []], ids=["none", "left out", "empty"])
+def test_pipeline_without_a_model(entry, tmp_path):
+    index = {"vae": ["diffusers", "AutoencoderKL"], "unet": entry}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"must name one of \['unet', 'transformer'\], got \[\]"):
         fastdiff.load(tmp_path)
 

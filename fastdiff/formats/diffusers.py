@@ -86,8 +86,9 @@ def part_of(folder: Path) -> Path:
     if not (folder / PIPELINE).is_file():
         return folder
     index = read_json(folder / PIPELINE)
-    # None stands for a part that is left out
-    named = [name for name in PARTS if isinstance(index.get(name), list) and index[name][0]]
+    # [null, null] stands for a part that is left out
+    entries = {name: index.get(name) for name in PARTS}
+    named = [name for name, entry in entries.items() if isinstance(entry, list) and any(entry)]
     if len(named) != 1:
         raise ValueError(
             f"load: {PIPELINE} must name one of {list(PARTS)}, got {named} in {folder}; a part's "
