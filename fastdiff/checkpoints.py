@@ -1,7 +1,8 @@
 """Trained weights as safetensors, with a card in JSON beside them.
 
 The card says how to rebuild the model and its schedule and what the model predicts, where it was
-trained and on what; `load("fashion")` reads the one that is shipped.
+trained and on what; `load("fashion")` reads the one that is shipped. `load` reads what diffusers
+and guided-diffusion wrote too (`fastdiff.formats`).
 """
 
 from __future__ import annotations
@@ -9,19 +10,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from fastdiff import schedules
-from fastdiff.models.unet import UNet, UNetConfig
+from fastdiff.formats import diffusers, guided_diffusion, hub
+from fastdiff.formats.files import read_weights
+from fastdiff.models import Autoencoder, AutoencoderConfig, DiT, DiTConfig, UNet, UNetConfig
+from fastdiff.models._keys import require_fit
 from fastdiff.schedules import Schedule
 
 __all__ = [
@@ -32,7 +33,11 @@ __all__ = [
 ASSETS = Path(__file__).parent / "assets"
 
 # name in the card: the module and its config, both built from JSON alone
-ARCHITECTURES: dict[str, tuple[type[nn.Module], Any]] = {"UNet": (UNet, UNetConfig)}
+ARCHITECTURES: dict[str, tuple[type[nn.Module], Any]] = {
+    "Autoencoder": (Autoencoder, AutoencoderConfig),
+    "DiT": (DiT, DiTConfig),
+    "UNet": (UNet, UNetConfig),
+}
 
 
 def names() -> list[str]:
@@ -40,25 +45,31 @@ def names() -> list[str]:
     return sorted(path.stem for path in ASSETS.glob("*.safetensors"))
 
 
-def save(path: str | Path, model: nn.Module, schedule: Schedule, card: Mapping[str, Any]) -> Path:
+def save(
+    path: str | Path, model: nn.Module, schedule: Schedule | None, card: Mapping[str, Any]
+) -> Path:
     """Write weights in float16 and their card.
 
     Args:
         path: where to write, without suffix or with `.safetensors`.
         model: of a class in `ARCHITECTURES`; its `config` goes into the card.
-        schedule: the schedule it was trained on; goes into the card.
-        card: everything else, JSON-able; "prediction" must be there.
+        schedule: the schedule it was trained on; goes into the card. None for an autoencoder.
+        card: everything else, JSON-able; "prediction" must be there beside a schedule.
 
     Returns:
         The path of the `.safetensors` file; the card has the same name with `.json`.
 
     Raises:
-        ValueError: the class is unknown, "prediction" is missing, or a weight overflows float16.
+        ValueError: the class is unknown, the schedule or "prediction" is missing, or a weight
+        overflows float16.
     """
     kind = type(model).__name__
     if kind not in ARCHITECTURES:
         raise ValueError(f"save: model must be one of {sorted(ARCHITECTURES)}, got {kind}")
-    if "prediction" not in card:
+    if (schedule is None) != (kind == "Autoencoder"):
+        rule = "be None" if schedule is not None else "be a Schedule"
+        raise ValueError(f"save: schedule must {rule} for a model of class {kind}, got {schedule}")
+    if schedule is not None and "prediction" not in card:
         raise ValueError(f"save: card must hold 'prediction', got keys {sorted(card)}")
     state = {}
     for name, value in model.state_dict().items():
@@ -75,7 +86,7 @@ def save(path: str | Path, model: nn.Module, schedule: Schedule, card: Mapping[s
     full = {
         **card,
         "architecture": {"class": kind, **config.to_config()},
-        "schedule": schedule.to_config(),
+        "schedule": None if schedule is None else schedule.to_config(),
         "dtype": "float16",
         "parameters": sum(value.numel() for value in state.values()),
         "sha256": hashlib.sha256(raw).hexdigest(),
@@ -89,37 +100,6 @@ def save(path: str | Path, model: nn.Module, schedule: Schedule, card: Mapping[s
     return path
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` file or of a `.pt` file, which is read without pickle's code.
-
-    Raises:
-        FileNotFoundError: no such file. ValueError: the suffix is unknown, or the file is not
-        whole, or it holds more than tensors.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"load: path must be a file, got {path}")
-    if path.suffix == ".safetensors":
-        try:
-            return dict(load_file(path))
-        except SafetensorError as error:
-            raise ValueError(
-                f"load: path must be a whole safetensors file, got {path} ({error})"
-            ) from error
-    if path.suffix != ".pt":
-        raise ValueError(f"load: path must end in .safetensors or .pt, got {path}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"load: path must be a whole .pt file of plain tensors, got {path} ({reason})"
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"load: path must hold a dict of tensors, got {path}")
-    return state
-
-
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copy `weights` into `model`, in the model's own dtypes.
 
@@ -129,16 +109,8 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """
     if isinstance(model, UNet):
         weights = model.upgrade_state_dict(weights)
-    have = model.state_dict()
-    lines = [f"missing    {name} {tuple(have[name].shape)}" for name in have if name not in weights]
-    lines += [f"unexpected {n} {tuple(w.shape)}" for n, w in weights.items() if n not in have]
-    lines += [
-        f"misshapen  {name} {tuple(have[name].shape)}, got {tuple(w.shape)}"
-        for name, w in weights.items()
-        if name in have and have[name].shape != w.shape
-    ]
-    if lines:
-        raise ValueError("load: weights must fit the model, got\n  " + "\n  ".join(lines))
+    want = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    require_fit("load", want, weights)
     model.load_state_dict(dict(weights))
 
 
@@ -163,43 +135,88 @@ def load(
     *,
     dtype: torch.dtype | Literal["auto"] = torch.float32,
     device: str | torch.device = "cpu",
-) -> tuple[nn.Module, Schedule, dict[str, Any]]:
+    config: Mapping[str, Any] | None = None,
+    variant: str | None = None,
+) -> tuple[nn.Module, Schedule | Any, dict[str, Any]]:
     """A trained model with its schedule and its card.
 
     Args:
-        name_or_path: one of `names()`, or the path of a `.safetensors` (or `.pt`) file that has its
-            card beside it.
-        dtype: dtype of the weights in memory; on disk they are float16. "auto": `fast_dtype` of the
-            device, and convolutions in channels_last on the CPU. float32 unless asked, so that a
-            script gives the same pictures on a CPU with and without bfloat16 instructions.
+        name_or_path: what to load. Nothing in it is run, and weights that do not fit are refused
+            with every difference.
+
+            - One of `names()`, or the path of a `.safetensors` (or `.pt`) file of `save`, which has
+              its card beside it.
+            - A folder of diffusers: of a pipeline (`model_index.json`), whose U-Net or transformer
+              is taken with the schedule of its scheduler, or of one UNet2DModel,
+              DiTTransformer2DModel or AutoencoderKL (`config.json`). diffusers is not needed.
+            - "hf:owner/name", "hf:owner/name/part" or either with "@revision": such a folder on the
+              Hugging Face Hub, by the package huggingface_hub.
+            - A `.pt` file of guided-diffusion or improved-diffusion, with its flags in `config`.
+        dtype: dtype of the weights in memory. "auto": `fast_dtype` of the device, and convolutions
+            in channels_last on the CPU. float32 unless asked, so that a script gives the same
+            pictures on a CPU with and without bfloat16 instructions.
         device: where the model goes.
+        config: what the files do not tell. For guided-diffusion, the flags of its scripts by their
+            names: image_size, diffusion_steps, noise_schedule, num_heads or num_head_channels, and
+            what else was not left at its default; the weights tell the others. For a folder,
+            options in place of those of the model's `config.json`, such as sample_size.
+        variant: of a folder's weights, such as "fp16"; None: those without, or the only one.
 
     Returns:
-        The model in evaluation mode, the schedule, and the card (a dict, as `save` wrote it).
+        The model in evaluation mode, the schedule (None for an autoencoder, and for a folder that
+        has no scheduler), and the card: a dict as `save` wrote it, or with "prediction", "classes",
+        "sampling" and "source" made from what was read.
 
     Raises:
         FileNotFoundError: the weights or the card are missing.
-        TypeError: `dtype` is neither a dtype nor "auto".
-        ValueError: a file is damaged, or the weights do not fit the card.
+        ImportError: huggingface_hub is needed and missing.
+        TypeError: `dtype` is neither a dtype nor "auto", or a flag has another type.
+        ValueError: a file is damaged, says what has no counterpart here, or does not fit.
     """
-    path = Path(name_or_path)
-    if not path.suffix:
-        path = ASSETS / f"{name_or_path}.safetensors"
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"load: name must be one of {names()} or a path, got {str(name_or_path)!r}"
-            )
     if dtype != "auto" and not isinstance(dtype, torch.dtype):
         raise TypeError(f"load: dtype must be a torch.dtype or 'auto', got {dtype!r}")
+    model, schedule, card = _read(str(name_or_path), config, variant)
+    if dtype == "auto":
+        dtype = fast_dtype(device)
+        if torch.device(device).type == "cpu":
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model.to(device=device, dtype=dtype).eval(), schedule, card
+
+
+def _read(
+    name: str, config: Mapping[str, Any] | None, variant: str | None
+) -> tuple[nn.Module, Schedule | None, dict[str, Any]]:
+    """`load` on the CPU, in the dtypes of the file."""
+    path = ASSETS / f"{name}.safetensors" if name in names() else Path(name)
+    if name.startswith(hub.PREFIX):
+        return diffusers.load_folder(hub.fetch(name, variant), name, variant, config or {})
+    if path.is_dir():
+        return diffusers.load_folder(path, name, variant, config or {})
+    if not path.suffix:
+        raise FileNotFoundError(
+            f"load: name must be one of {names()}, a path or 'hf:owner/name', got {name!r}"
+        )
+    if variant is not None:
+        raise ValueError(f"load: variant must be None for a file, got {variant!r}")
     weights = read_weights(path)
     card_path = path.with_suffix(".json")
+    if config is not None or (not card_path.is_file() and guided_diffusion.is_guided(weights)):
+        return guided_diffusion.load(weights, config or {}, name)
+    return _read_own(path, weights, card_path)
+
+
+def _read_own(
+    path: Path, weights: Mapping[str, Tensor], card_path: Path
+) -> tuple[nn.Module, Schedule | None, dict[str, Any]]:
+    """What `save` wrote."""
     if not card_path.is_file():
         raise FileNotFoundError(f"load: path must have its card beside it, got no {card_path}")
     try:
         card: dict[str, Any] = json.loads(card_path.read_text(encoding="utf-8"))
         architecture = dict(card["architecture"])
         module, config = ARCHITECTURES[architecture.pop("class")]
-        schedule = schedules.from_config(card["schedule"])
+        described = card["schedule"]
+        schedule = None if described is None else schedules.from_config(described)
         model = module(config.from_config(architecture))
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -213,8 +230,4 @@ def load(
                 f"load: weights must have the card's sha256 {card.get('sha256')}, got {digest}"
             )
     load_weights(model, weights)
-    if dtype == "auto":
-        dtype = fast_dtype(device)
-        if torch.device(device).type == "cpu":
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model.to(device=device, dtype=dtype).eval(), schedule, card
+    return model, schedule, card

@@ -169,9 +169,9 @@ def test_missing_files(saved, tmp_path):
     saved[1].with_suffix(".json").unlink()
     with pytest.raises(FileNotFoundError, match="load: path must have its card beside it"):
         checkpoints.load(saved[1])
-    (tmp_path / "a.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"must end in \.safetensors or \.pt"):
-        checkpoints.load(tmp_path / "a.bin")
+    (tmp_path / "a.npz").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"must end in \.safetensors, \.pt or \.bin, got"):
+        checkpoints.load(tmp_path / "a.npz")
 
 
 @pytest.mark.parametrize(

@@ -336,15 +336,20 @@ def test_what_from_diffusers_refuses() -> None:
     other = peer()
     with torch.no_grad():
         other.transformer_blocks[1].norm1.emb.timestep_embedder.linear_1.bias.add_(1)
-    with pytest.raises(
-        ValueError, match=r"^DiT: model must have the same embedders in every block"
-    ):
+    name = r"transformer_blocks\.{}\.norm1\.emb\.timestep_embedder\.linear_1\.bias"
+    rule = f"^DiT: {name.format(1)} must be a copy of {name.format(0)}, got another"
+    with pytest.raises(ValueError, match=rule):
+        DiT.from_diffusers(other)
+    other = peer()
+    other.transformer_blocks[2].norm1.emb.class_embedder.embedding_table = torch.nn.Embedding(3, 16)
+    table = r"transformer_blocks\.2\.norm1\.emb\.class_embedder\.embedding_table\.weight"
+    with pytest.raises(ValueError, match=rf"misshapen  {table} \(11, 16\), got \(3, 16\)"):
         DiT.from_diffusers(other)
     for change, message in (
-        ({"attention_bias": False}, "attention_bias of the model must be True, got False"),
-        ({"norm_elementwise_affine": True}, "norm_elementwise_affine of the model must be False"),
-        ({"activation_fn": "gelu"}, "activation_fn of the model must be 'gelu-approximate', got"),
-        ({"out_channels": 5}, "out_channels of the model must be 4 or 8, got 5"),
+        ({"attention_bias": False}, "attention_bias must be True, got False"),
+        ({"norm_elementwise_affine": True}, "norm_elementwise_affine must be False"),
+        ({"activation_fn": "gelu"}, "activation_fn must be 'gelu-approximate', got"),
+        ({"out_channels": 5}, "out_channels must be 4 or 8, got 5"),
     ):
         with pytest.raises(ValueError, match=f"^DiT: {message}"):
             DiT.from_diffusers(peer(**change))
@@ -352,13 +357,17 @@ def test_what_from_diffusers_refuses() -> None:
 
 def test_what_from_original_refuses() -> None:
     state = original_state(DiT(TINY))
-    cut = {k: v for k, v in state.items() if k != "blocks.1.attn.qkv.bias"}
-    with pytest.raises(
-        ValueError, match=r"must have the weight blocks\.1\.attn\.qkv\.bias, got none"
-    ):
-        DiT.from_original(cut, TINY)
-    with pytest.raises(ValueError, match=r"must have no other weights, got \['extra'\]"):
-        DiT.from_original({**state, "extra": torch.zeros(1)}, TINY)
+    bad = {k: v for k, v in state.items() if k != "blocks.1.attn.qkv.bias"}
+    bad["extra"] = torch.zeros(1)
     wide = DiTConfig.from_config({**TINY.to_config(), "num_classes": 6})
-    with pytest.raises(ValueError, match=r"label\.weight must have shape \(7, 16\), got \(6, 16\)"):
-        DiT.from_original(state, wide)
+    with pytest.raises(ValueError, match=r"^DiT: weights must fit the model, got") as caught:
+        DiT.from_original(bad, wide)
+    assert str(caught.value).splitlines()[1:] == [
+        "  missing    blocks.1.attn.qkv.bias (48,)",
+        "  unexpected extra (1,)",
+        "  misshapen  y_embedder.embedding_table.weight (7, 16), got (6, 16)",
+    ]
+    learned = DiTConfig.from_config({**TINY.to_config(), "positions": "learned"})
+    state["pos_embed"] = state["pos_embed"][:, 1:]
+    with pytest.raises(ValueError, match=r"misshapen  pos_embed \(16, 16\), got \(15, 16\)"):
+        DiT.from_original(state, learned)

@@ -192,25 +192,33 @@ def test_other_models():
         UNet.from_diffusers(other)
 
 
-def test_the_first_weight_that_does_not_fit_is_named():
+def test_every_weight_that_does_not_fit_is_named():
     model = peer(**TINY)
     model.conv_out.weight = torch.nn.Parameter(torch.zeros(3, 8, 1, 1))
-    rule = r"'conv_out.weight' must have shape \(3, 8, 3, 3\) for 'conv_out.weight', got"
-    with pytest.raises(ValueError, match=rule):
-        UNet.from_diffusers(model)
     # the rows of two blocks that together are as many as they should be
-    model = peer(**TINY)
     first = model.down_blocks[0].resnets[0].time_emb_proj
     second = model.down_blocks[1].resnets[0].time_emb_proj
     first.weight, second.weight = second.weight, first.weight
-    with pytest.raises(ValueError, match=r"'down_blocks.0.resnets.0.time_emb_proj.weight' must"):
-        UNet.from_diffusers(model)
-    model = peer(**TINY)
-    model.extra = torch.nn.Linear(1, 1)
-    with pytest.raises(ValueError, match=r"weights must all have a place, got 'extra\.weight'"):
-        UNet.from_diffusers(model)
-    model = peer(**TINY)
+    model.extra = torch.nn.Linear(1, 1, bias=False)
     model.mid_block.resnets[1].norm2.bias = None
-    rule = "weights must hold 'mid_block.resnets.1.norm2.bias' for 'middle.1.res.norm2.bias'"
-    with pytest.raises(ValueError, match=rule):
+    del model.conv_in.bias
+    model.conv_in.register_buffer("bias", torch.zeros(8, dtype=torch.int8))
+    with pytest.raises(ValueError, match=r"^from_diffusers: weights must fit the model") as caught:
+        UNet.from_diffusers(model)
+    assert sorted(str(caught.value).splitlines()[1:]) == [
+        "  misshapen  conv_out.weight (3, 8, 3, 3), got (3, 8, 1, 1)",
+        "  misshapen  down_blocks.0.resnets.0.time_emb_proj.weight (8, 32), got (16, 32)",
+        "  misshapen  down_blocks.1.resnets.0.time_emb_proj.weight (16, 32), got (8, 32)",
+        "  missing    mid_block.resnets.1.norm2.bias (16,)",
+        "  mistyped   conv_in.bias floating point, got torch.int8",
+        "  unexpected extra.weight (1, 1)",
+    ]
+
+
+def test_an_option_of_another_version_is_refused():
+    model = peer(**TINY)
+    model.register_to_config(skip_scale=2.0)
+    with pytest.raises(
+        ValueError, match=r"config must hold known options only, got \['skip_scale'"
+    ):
         UNet.from_diffusers(model)

@@ -258,20 +258,19 @@ def test_every_key_is_used_once(name):
     assert UNetConfig.from_config(ours.config.to_config()) == ours.config
 
 
-def test_errors_name_the_first_weight_that_does_not_fit():
+def test_errors_name_the_weights_that_do_not_fit():
     _, case, state = made("adm")
     bad = {k: v for k, v in state.items() if k != "output_blocks.1.2.in_layers.2.bias"}
-    rule = r"must hold 'output_blocks.1.2.in_layers.2.bias' for 'grow.0.conv1.bias'"
-    with pytest.raises(ValueError, match=rule):
-        UNet.from_guided_diffusion(bad, **case)
-    with pytest.raises(ValueError, match=r"all have a place, got 'label_emb\.weight'"):
-        UNet.from_guided_diffusion(state, **{**case, "class_cond": False})
+    bad["input_blocks.3.1.qkv.weight"] = torch.zeros(48, 16, 3)
+    with pytest.raises(ValueError, match="weights must fit the model, got") as caught:
+        UNet.from_guided_diffusion(bad, **{**case, "class_cond": False})
+    assert str(caught.value).splitlines()[1:] == [
+        "  missing    output_blocks.1.2.in_layers.2.bias (16,)",
+        "  unexpected label_emb.weight (5, 32)",
+        "  misshapen  input_blocks.3.1.qkv.weight (48, 16), got (48, 16, 3)",
+    ]
     with pytest.raises(ValueError, match=r"hold 'label_emb.weight', got no such key"):
         UNet.from_guided_diffusion(made("additive")[2], **{**case, "class_cond": True})
-    bad = {**state, "input_blocks.3.1.qkv.weight": torch.zeros(48, 16, 3)}
-    rule = r"'input_blocks.3.1.qkv.weight' must have shape \(48, 16\) for 'down.1.attention.qkv"
-    with pytest.raises(ValueError, match=rule):
-        UNet.from_guided_diffusion(bad, **case)
     with pytest.raises(ValueError, match="channel_mult must be given for an image_size other than"):
         UNet.from_guided_diffusion(state, **{**case, "channel_mult": ""})
 

@@ -8,127 +8,134 @@ matrix in the order of their use; that of the last norm, shift and scale, follow
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from fastdiff.models._keys import read_options
 
-_KINDS = ("weight", "bias")
+if TYPE_CHECKING:
+    from fastdiff.models.dit import DiTConfig
 
-# ours -> theirs, beside the blocks
-_ORIGINAL = {
-    "patches": "x_embedder.proj",
-    "time.0": "t_embedder.mlp.0",
-    "time.2": "t_embedder.mlp.2",
-    "out": "final_layer.linear",
+
+class Names(NamedTuple):
+    """Our name of a layer: theirs, or theirs to be stacked; {} is the number of the block."""
+
+    top: dict[str, str]
+    block: dict[str, tuple[str, ...]]
+    film: str
+    last_film: str
+    label: str
+    positions: str | None = None
+
+
+ORIGINAL = Names(
+    top={
+        "patches": "x_embedder.proj",
+        "time.0": "t_embedder.mlp.0",
+        "time.2": "t_embedder.mlp.2",
+        "out": "final_layer.linear",
+    },
+    block={
+        "qkv": ("blocks.{}.attn.qkv",),
+        "proj": ("blocks.{}.attn.proj",),
+        "fc1": ("blocks.{}.mlp.fc1",),
+        "fc2": ("blocks.{}.mlp.fc2",),
+    },
+    film="blocks.{}.adaLN_modulation.1",
+    last_film="final_layer.adaLN_modulation.1",
+    label="y_embedder.embedding_table",
+    positions="pos_embed",
+)
+
+_EMBEDDER = "transformer_blocks.{}.norm1.emb."
+_TIME = "timestep_embedder.linear_"
+_LABEL = "class_embedder.embedding_table"
+DIFFUSERS = Names(
+    top={
+        "patches": "pos_embed.proj",
+        "time.0": _EMBEDDER.format(0) + _TIME + "1",
+        "time.2": _EMBEDDER.format(0) + _TIME + "2",
+        "out": "proj_out_2",
+    },
+    block={
+        "qkv": tuple("transformer_blocks.{}.attn1.to_" + name for name in "qkv"),
+        "proj": ("transformer_blocks.{}.attn1.to_out.0",),
+        "fc1": ("transformer_blocks.{}.ff.net.0.proj",),
+        "fc2": ("transformer_blocks.{}.ff.net.2",),
+    },
+    film="transformer_blocks.{}.norm1.linear",
+    last_film="proj_out_1",
+    label=_EMBEDDER.format(0) + _LABEL,
+)
+
+# of DiTTransformer2DModel in diffusers 0.42; `_OLD` are the options beside them of the
+# Transformer2DModel that it once was
+_DEFAULTS: dict[str, Any] = {
+    "num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4, "out_channels": None,
+    "num_layers": 28, "dropout": 0.0, "norm_num_groups": 32, "attention_bias": True,
+    "sample_size": 32, "patch_size": 2, "activation_fn": "gelu-approximate",
+    "num_embeds_ada_norm": 1000, "upcast_attention": False, "norm_type": "ada_norm_zero",
+    "norm_elementwise_affine": False, "norm_eps": 1e-5,
+}  # fmt: skip
+_OLD = {
+    "cross_attention_dim": None, "num_vector_embeds": None, "use_linear_projection": False,
+    "only_cross_attention": False, "double_self_attention": False, "attention_type": "default",
+    "caption_channels": None, "interpolation_scale": None, "use_additional_conditions": None,
+}  # fmt: skip
+_MUST = {
+    "norm_type": ("ada_norm_zero",),
+    "activation_fn": ("gelu-approximate",),
+    "attention_bias": (True,),
+    "norm_elementwise_affine": (False,),
+    "upcast_attention": (False,),
+    **{name: (value,) for name, value in _OLD.items()},
 }
-_ORIGINAL_BLOCK = {"qkv": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
-_EMBEDDERS = "transformer_blocks.{}.norm1.emb."
-_DIFFUSERS = {
-    "patches": "pos_embed.proj",
-    "time.0": _EMBEDDERS.format(0) + "timestep_embedder.linear_1",
-    "time.2": _EMBEDDERS.format(0) + "timestep_embedder.linear_2",
-    "out": "proj_out_2",
-}
-_DIFFUSERS_BLOCK = {"proj": "attn1.to_out.0", "fc1": "ff.net.0.proj", "fc2": "ff.net.2"}
-_QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
 
 
-class _Taken:
-    """A state dict that notes what was read, so that nothing is left out in silence."""
-
-    def __init__(self, source: str, state: Mapping[str, Tensor]) -> None:
-        self._source, self._left = source, dict(state)
-
-    def __call__(self, name: str) -> Tensor:
-        if name not in self._left:
-            raise ValueError(f"DiT: {self._source} must have the weight {name}, got none")
-        return self._left.pop(name)
-
-    def done(self) -> None:
-        if self._left:
-            raise ValueError(
-                f"DiT: {self._source} must have no other weights, got {sorted(self._left)}"
-            )
-
-
-def from_original(state: Mapping[str, Tensor], depth: int, learned: bool) -> dict[str, Tensor]:
-    """State dict of `DiT` from that of facebookresearch/DiT (models.py)."""
-    take, found = _Taken("state", state), {}
-    for kind in _KINDS:
-        for ours, theirs in _ORIGINAL.items():
-            found[f"{ours}.{kind}"] = take(f"{theirs}.{kind}")
-        parts = [take(f"blocks.{i}.adaLN_modulation.1.{kind}") for i in range(depth)]
-        parts.append(take(f"final_layer.adaLN_modulation.1.{kind}"))
-        found[f"modulation.{kind}"] = torch.cat(parts)
-        for i in range(depth):
-            for ours, theirs in _ORIGINAL_BLOCK.items():
-                found[f"blocks.{i}.{ours}.{kind}"] = take(f"blocks.{i}.{theirs}.{kind}")
-    if "y_embedder.embedding_table.weight" in state:
-        found["label.weight"] = take("y_embedder.embedding_table.weight")
-    if "pos_embed" in state:  # a parameter there even where it is fixed
-        positions = take("pos_embed")[0]
-        if learned:
-            found["positions"] = positions
-    take.done()
+def sources(names: Names, config: DiTConfig) -> dict[str, tuple[str, ...]]:
+    """Each key of ours: the keys of the source whose rows it holds, one after the other."""
+    layers: dict[str, tuple[str, ...]] = {ours: (name,) for ours, name in names.top.items()}
+    films = [names.film.format(i) for i in range(config.depth)]
+    layers["modulation"] = (*films, names.last_film)
+    for i in range(config.depth):
+        for ours, theirs in names.block.items():
+            layers[f"blocks.{i}.{ours}"] = tuple(name.format(i) for name in theirs)
+    found = {
+        f"{ours}.{kind}": tuple(f"{name}.{kind}" for name in theirs)
+        for ours, theirs in layers.items()
+        for kind in ("weight", "bias")
+    }
+    if config.num_classes:
+        found["label.weight"] = (f"{names.label}.weight",)
+    if names.positions and config.positions == "learned":
+        found["positions"] = (names.positions,)
     return found
 
 
-def from_diffusers(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """State dict of `DiT` from that of diffusers' `DiTTransformer2DModel`."""
-    take, found = _Taken("model", state), {}
-    shared = {k for k in state if k.startswith(_EMBEDDERS.format(0))}
-    for i in range(1, depth):
-        for name in shared:
-            other = _EMBEDDERS.format(i) + name[len(_EMBEDDERS.format(0)) :]
-            # a copy a block there; here, as in the paper, there is one
-            if not torch.equal(take(other), state[name]):
-                raise ValueError(
-                    f"DiT: model must have the same embedders in every block, got another {other}"
-                )
-    for kind in _KINDS:
-        for ours, theirs in _DIFFUSERS.items():
-            found[f"{ours}.{kind}"] = take(f"{theirs}.{kind}")
-        parts = [take(f"transformer_blocks.{i}.norm1.linear.{kind}") for i in range(depth)]
-        found[f"modulation.{kind}"] = torch.cat([*parts, take(f"proj_out_1.{kind}")])
-        for i in range(depth):
-            qkv = [take(f"transformer_blocks.{i}.{name}.{kind}") for name in _QKV]
-            found[f"blocks.{i}.qkv.{kind}"] = torch.cat(qkv)
-            for ours, theirs in _DIFFUSERS_BLOCK.items():
-                theirs = f"transformer_blocks.{i}.{theirs}.{kind}"
-                found[f"blocks.{i}.{ours}.{kind}"] = take(theirs)
-    table = _EMBEDDERS.format(0) + "class_embedder.embedding_table.weight"
-    found["label.weight"] = take(table)
-    take.done()
-    return found
+def copies(config: DiTConfig) -> dict[str, str]:
+    """Keys of diffusers' model, which has the embedders once a block, and those of its first."""
+    layers = [_TIME + f"{layer}.{kind}" for layer in (1, 2) for kind in ("weight", "bias")]
+    return {
+        _EMBEDDER.format(i) + name: _EMBEDDER.format(0) + name
+        for i in range(1, config.depth)
+        for name in (*layers, f"{_LABEL}.weight")
+    }
 
 
-def diffusers_config(model: nn.Module) -> dict[str, Any]:
+def diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of `DiTConfig` for a `DiTTransformer2DModel`; ValueError for what `DiT` lacks."""
-    config: Any = model.config
-    for name, only in (
-        ("norm_type", "ada_norm_zero"),
-        ("activation_fn", "gelu-approximate"),
-        ("attention_bias", True),
-        ("norm_elementwise_affine", False),
-        ("upcast_attention", False),
-    ):
-        if config[name] != only:
-            raise ValueError(f"DiT: {name} of the model must be {only!r}, got {config[name]!r}")
-    channels, out = config["in_channels"], config["out_channels"] or config["in_channels"]
+    c = read_options("DiT", config, {**_DEFAULTS, **_OLD}, _MUST)
+    channels, out = c["in_channels"], c["out_channels"] or c["in_channels"]
     if out not in (channels, 2 * channels):
-        raise ValueError(
-            f"DiT: out_channels of the model must be {channels} or {2 * channels}, got {out}"
-        )
+        raise ValueError(f"DiT: out_channels must be {channels} or {2 * channels}, got {out}")
     return {
         "in_channels": channels,
-        "image_size": config["sample_size"],
-        "patch_size": config["patch_size"],
-        "width": config["num_attention_heads"] * config["attention_head_dim"],
-        "depth": config["num_layers"],
-        "heads": config["num_attention_heads"],
-        "num_classes": config["num_embeds_ada_norm"],
+        "image_size": c["sample_size"],
+        "patch_size": c["patch_size"],
+        "width": c["num_attention_heads"] * c["attention_head_dim"],
+        "depth": c["num_layers"],
+        "heads": c["num_attention_heads"],
+        "num_classes": c["num_embeds_ada_norm"],
         "learn_sigma": out != channels,
         "time_shift": 1,
-        "mlp_eps": config["norm_eps"],
+        "mlp_eps": c["norm_eps"],
     }

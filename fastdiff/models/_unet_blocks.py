@@ -75,7 +75,7 @@ class ResBlock(nn.Module):
     Args:
         c_in, c_out: channels.
         groups, eps: of both normalisations.
-        modulation: "film" or "add", see `UNetConfig`.
+        modulation: "film" or "add", see `UNetConfig`; "none": the block takes no embedding.
         dropout: before the second convolution, in training.
         resample: "down" or "up": the grid is halved by means or doubled by nearest neighbours
             between the first normalisation and the first convolution, and so is the input.
@@ -96,7 +96,7 @@ class ResBlock(nn.Module):
         self.resize = {None: None, "down": _shrink, "up": _grow}[resample]
         self.dropout, self.modulation = dropout, modulation
         # what the embedding must give this block
-        self.film_width = 2 * c_out if modulation == "film" else c_out
+        self.film_width = {"film": 2 * c_out, "add": c_out, "none": 0}[modulation]
         self.norm1 = FilmNorm(groups, c_in, eps)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.norm2 = FilmNorm(groups, c_out, eps)
@@ -104,8 +104,9 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         zero(self.conv2)
 
-    def forward(self, x: Tensor, film: Tensor) -> Tensor:
-        """`x` is `(N, c_in, H, W)`, `film` `(N, film_width)`; returns `(N, c_out, H', W')`."""
+    def forward(self, x: Tensor, film: Tensor | None = None) -> Tensor:
+        """`x` is `(N, c_in, H, W)`, `film` `(N, film_width)` or None where that is 0; returns
+        `(N, c_out, H', W')`."""
         h = self.norm1(x)
         if self.resize is not None:
             h, x = self.resize(h), self.resize(x)
@@ -114,7 +115,12 @@ class ResBlock(nn.Module):
         skip = self.skip(x).to(h.dtype)
         scale: Tensor | None = None
         shift: Tensor | None = None
-        if self.modulation == "film":
+        if film is None:
+            if self.film_width:
+                raise TypeError(
+                    f"ResBlock: film must be a tensor for {self.modulation!r}, got None"
+                )
+        elif self.modulation == "film":
             scale, shift = film.chunk(2, dim=1)
         else:
             added = film[:, :, None, None].to(h.dtype)

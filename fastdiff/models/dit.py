@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastdiff.models import _dit_keys
 from fastdiff.models._attention import attention
+from fastdiff.models._keys import fill
 from fastdiff.models.unet import timestep_embedding
 from fastdiff.ops import modulate
 
@@ -216,9 +217,14 @@ class DiT(nn.Module):
         Raises:
             ValueError: the model has what this one lacks; the message names it.
         """
-        config = DiTConfig(**_dit_keys.diffusers_config(model))
-        weights = _dit_keys.from_diffusers(model.state_dict(), config.depth)
-        return cls._with(config, weights)
+        options: Any = model.config
+        config = DiTConfig(**_dit_keys.diffusers_config(options))
+        return cls._with_diffusers(config, model.state_dict())
+
+    @classmethod
+    def _with_diffusers(cls, config: DiTConfig, state: Mapping[str, Tensor]) -> DiT:
+        copies = _dit_keys.copies(config)
+        return cls._with(config, state, _dit_keys.DIFFUSERS, copies=copies)
 
     @classmethod
     def from_original(cls, state: Mapping[str, Tensor], config: DiTConfig) -> DiT:
@@ -232,20 +238,22 @@ class DiT(nn.Module):
         Raises:
             ValueError: keys or shapes do not fit the config.
         """
-        learned = config.positions == "learned"
-        return cls._with(config, _dit_keys.from_original(state, config.depth, learned))
+        state = dict(state)
+        if "pos_embed" in state:  # a parameter there even where it is fixed
+            positions = state.pop("pos_embed")
+            if config.positions == "learned":
+                state["pos_embed"] = positions.flatten(0, 1)
+        return cls._with(config, state, _dit_keys.ORIGINAL)
 
     @classmethod
-    def _with(cls, config: DiTConfig, weights: Mapping[str, Tensor]) -> DiT:
+    def _with(
+        cls, config: DiTConfig, state: Mapping[str, Tensor], names: _dit_keys.Names, **how: Any
+    ) -> DiT:
         with torch.device("meta"):
             model = cls(config)
-        own = model.state_dict()
-        for name in sorted({*own, *weights}):
-            want, got = (tuple(d[name].shape) if name in d else None for d in (own, weights))
-            if want != got:
-                raise ValueError(f"DiT: weight {name} must have shape {want}, got {got}")
-        # copies: a part of the matrices would otherwise be shared with the model they come from
-        model.load_state_dict({k: v.detach().clone() for k, v in weights.items()}, assign=True)
+        each = [_EACH * config.width] * config.depth + [2 * config.width]
+        rows = {f"modulation.{kind}": each for kind in ("weight", "bias")}
+        fill("DiT", model, state, _dit_keys.sources(names, config), rows=rows, **how)
         if config.positions == "sincos":
             like = model.out.weight
             side = config.image_size // config.patch_size

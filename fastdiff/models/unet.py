@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.models import _unet_keys
+from fastdiff.models import _unet_keys, _unet_sources
 from fastdiff.models._unet_blocks import (
     Attention,
     Downsample,
@@ -143,9 +143,9 @@ class UNet(nn.Module):
 
         Raises:
             TypeError: `model` is no UNet2DModel. ValueError: an option of it has no counterpart, or
-            a weight has no place or no source; the message names the first.
+            weights are missing, left over or misshapen; the message names all of them.
         """
-        return _unet_keys.from_diffusers(cls, model, image_size)
+        return _unet_sources.from_diffusers(cls, model, image_size)
 
     @classmethod
     def from_guided_diffusion(cls, state: Mapping[str, Tensor], **flags: Any) -> UNet:
@@ -165,10 +165,10 @@ class UNet(nn.Module):
             predicts twice the channels.
 
         Raises:
-            TypeError: an unknown flag. ValueError: a flag breaks its rule, or a weight has no
-            place or no source; the message names the first.
+            TypeError: an unknown flag. ValueError: a flag breaks its rule, or weights are missing,
+            left over or misshapen; the message names all of them.
         """
-        return _unet_keys.from_guided_diffusion(cls, state, **flags)
+        return _unet_sources.from_guided_diffusion(cls, state, **flags)
 
     @property
     def null_label(self) -> int:
