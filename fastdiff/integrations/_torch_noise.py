@@ -117,13 +117,15 @@ def _draw(x: Tensor, generator: torch.Generator) -> bool:
 def _agrees(dtype: torch.dtype, isa: str) -> bool:
     """Whether our draws are torch's, with this torch on this machine: asked once a process.
 
-    A constant or a rounding that differs shows within a few values; the edges are for what hardly
-    ever comes up.
+    A constant or a rounding that differs shows within a few float32 values, though maybe in none of
+    16 bits; the edges are for what hardly ever comes up.
     """
+    if dtype != torch.float32 and not _agrees(torch.float32, isa):
+        return False
     seeded = torch.Generator().manual_seed(0).get_state()
     if seeded.numel() != _STATE:
         return False
-    # an unfinished block at the end, and more than the six states that are made at a time
+    # an unfinished block at the end, and more words than are made at a time
     for state, size in ((seeded, 5003), (state_before(_edges()), _edges().size)):
         theirs, ours = torch.Generator().set_state(state), torch.Generator().set_state(state)
         expected = torch.empty(size, dtype=dtype, device="cpu").normal_(generator=theirs)
