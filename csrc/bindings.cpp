@@ -91,6 +91,12 @@ void dynamic_threshold(Address x, int64_t samples, int64_t size, int64_t rank, d
   active->dynamic_threshold(args);
 }
 
+bool torch_noise(Address state, Address out, int out_dtype, int64_t size) {
+  const FdTorchNoiseArgs args{at<void>(state), at<void>(out), out_dtype, size};
+  nb::gil_scoped_release release;
+  return active->torch_noise(args);
+}
+
 void reverse_step(Address x, Address output, Address uncond, Address variance,
                   int64_t output_stride, int64_t uncond_stride, int64_t variance_stride,
                   int output_dtype, Address y, Address history, int64_t history_stride,
@@ -247,6 +253,7 @@ NB_MODULE(_cpu, m) {
   m.def("brownian", &brownian);
   m.def("dynamic_threshold", &dynamic_threshold);
   m.def("reverse_step", &reverse_step);
+  m.def("torch_noise", &torch_noise);
   m.def("guidance_rescale", &guidance_rescale);
   m.def("use_torch", &use_torch);
   m.def("quick_step", &quick_step, nb::arg("x").none(), nb::arg("output").none(),

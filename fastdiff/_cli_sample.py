@@ -138,7 +138,7 @@ def parse_options(texts: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def labels_of(seeds: Sequence[int], labels: Sequence[int]) -> list[int]:
+def labels_of(seeds: Sequence[int], labels: Sequence[int | None]) -> list[int | None]:
     """The class that each seed draws: ``labels[floor(n w / 2**32)]`` of n, with w the first word
     of its stream `Stream.LABEL`; other seeds have no part in it."""
     counter = np.array([0, 0, 0, Stream.LABEL], np.uint64)
@@ -154,21 +154,24 @@ class Job(NamedTuple):
     sampler: Sampler
     table: StepTable
     shape: Sequence[int]
-    labels: list[int]
+    labels: Sequence[int | None]  # None alone: the model has no classes
     guidance: float
     dtype: torch.dtype
 
     def images(
         self,
         seeds: list[int],
-        labels: list[int],
+        labels: Sequence[int | None],
         *,
         callback: Callable[[SampleStep], None] | None = None,
         progress: bool = False,
     ) -> Tensor:
         """One image a seed, on the CPU."""
-        label = torch.tensor(labels)
-        cond, uncond = {"label": label}, {"label": torch.full_like(label, -1)}
+        cond: dict[str, Tensor] = {}
+        uncond: dict[str, Tensor] = {}
+        if None not in labels:
+            label = torch.tensor(labels)
+            cond, uncond = {"label": label}, {"label": torch.full_like(label, -1)}
         return self.sampler(
             self.shape, seeds=seeds, cond=cond, uncond=uncond, callback=callback, progress=progress
         ).cpu()
@@ -193,7 +196,11 @@ def _load(args: argparse.Namespace) -> Job:
     model, schedule, card = checkpoints.load(args.model, dtype=dtype, device=args.device)
     if args.device == "cpu":
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    labels = parse_labels(args.label, list(card["classes"]))
+    if schedule is None:
+        raise ValueError(f"sample: model must have a noise schedule, got {args.model} without one")
+    classes = list(card["classes"])
+    if not classes and args.label is not None:
+        raise ValueError(f"sample: label must not be given, {args.model} has no classes")
     table = solvers.build(
         args.solver,
         schedule,
@@ -205,6 +212,7 @@ def _load(args: argparse.Namespace) -> Job:
     guidance = card["sampling"]["guidance"] if args.guidance is None else args.guidance
     clip = card["sampling"].get("clip")
     sampler = Sampler(model, table, guidance=guidance, clip=clip, device=args.device)
+    labels = parse_labels(args.label, classes) if classes else [None]
     return Job(sampler, table, card["sampling"]["shape"], labels, guidance, dtype)
 
 
@@ -237,7 +245,8 @@ def _picture(args: argparse.Namespace) -> int:
     if save is not None:
         # through a handle: np.savez would add a suffix to the name that was checked
         with save.open("wb") as handle:
-            np.savez(handle, images=images.numpy(), label=np.array(label), seed=every_seed)
+            of: dict[str, Any] = {} if None in label else {"label": np.array(label)}
+            np.savez(handle, images=images.numpy(), seed=every_seed, **of)
     done = clock()
     _report(args, job, f"{len(images)} images")
     print(

@@ -13,6 +13,10 @@ import fastdiff
 from fastdiff import checkpoints, schedules
 from fastdiff.integrations import _chains, _transformer
 from fastdiff.models.unet import UNet, UNetConfig
+
+
+@pytest.fixture
+from fastdiff.integrations import _chains, _torch_noise, _transformer
 from fastdiff.ops import _native
 
 # instruction sets of this machine, best first; none where the extension is missing
@@ -24,6 +28,17 @@ ISAS: list[str] = _native.extension.isas() if _native.extension is not None else
 )
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set in turn; the one in force before comes back afterwards."""
+    before = _native.extension.isa()
+    _native.extension.set_isa(request.param)
+    yield request.param
+    _native.extension.set_isa(before)
+
+
+@pytest.fixture(params=[i for i in ISAS if i != "portable"])
+def vector_isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The instruction sets that have the kernel, where torch has its own vector path."""
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("torch draws from the standard library's functions on this machine")
     before = _native.extension.isa()
     _native.extension.set_isa(request.param)
     yield request.param
@@ -80,3 +95,24 @@ def tiny(tmp_path: Path) -> Path:
         "sampling": {"guidance": 1.5, "shape": [1, 16, 16]},
     }
     return checkpoints.save(tmp_path / "tiny", UNet(config), schedules.cosine(), card)
+=======
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes that our kernel drew, in every size that it can."""
+    sizes: list[int] = []
+    draw = _torch_noise._draw
+
+    def counting(x: torch.Tensor, generator: torch.Generator) -> bool:
+        done = draw(x, generator)
+        if done:
+            sizes.append(x.numel())
+        return done
+
+    before = _native.extension.isa()
+    for isa in ISAS:  # the checks of a process, which are not to be counted
+        _native.extension.set_isa(isa)
+        for dtype in _native.DTYPES:
+            _torch_noise._agrees(dtype, isa)
+    _native.extension.set_isa(before)
+    monkeypatch.setattr(_torch_noise, "_draw", counting)
+    monkeypatch.setattr(_torch_noise, "_LEAST", 16)
+    return sizes

@@ -146,6 +146,13 @@ struct FdModulateArgs {
   void* total;  // x + gate * residual; null without a residual
 };
 
+struct FdTorchNoiseArgs {
+  void* state;  // what torch.Generator.get_state() returns; advanced
+  void* out;
+  int out_dtype;
+  int64_t size;  // at least 16
+};
+
 struct FdKernels {
   const char* name;
   void (*noise)(const FdNoiseArgs&);
@@ -157,4 +164,6 @@ struct FdKernels {
   void (*modulate)(const FdModulateArgs&);
   void (*brownian)(const FdBrownianArgs&);
   void (*dynamic_threshold)(const FdThresholdArgs&);
+  // false, with nothing written: this instruction set cannot, or the state is none of torch's own
+  bool (*torch_noise)(const FdTorchNoiseArgs&);
 };

@@ -15,6 +15,7 @@ void film_norm(const FdFilmNormArgs&);
 void modulate(const FdModulateArgs&);
 void brownian(const FdBrownianArgs&);
 void dynamic_threshold(const FdThresholdArgs&);
+bool torch_noise(const FdTorchNoiseArgs&);
 
 }  // namespace FD_ISA
 }  // namespace fd

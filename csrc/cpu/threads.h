@@ -19,16 +19,22 @@ inline int64_t max_threads() {
 #endif
 }
 
-// Calls body(begin, end) so that the calls together cover [0, units) once. `cost` is the time of
-// one unit in nanoseconds, roughly: a thread must be worth the 5 us or so of waking it.
+// Threads for so many units, at least 1. `cost` is the time of one unit in nanoseconds, roughly: a
+// thread must be worth the 5 us or so of waking it.
+inline int64_t worthwhile_threads(int64_t units, double cost) {
+  constexpr double kWorthAThread = 6000.0;
+  const double shares = static_cast<double>(units) * cost / kWorthAThread;
+  int64_t threads = max_threads();
+  if (shares < static_cast<double>(threads)) threads = static_cast<int64_t>(shares);
+  if (threads > units) threads = units;
+  return threads < 1 ? 1 : threads;
+}
+
+// Calls body(begin, end) so that the calls together cover [0, units) once.
 template <class Body>
 inline void parallel_for(int64_t units, double cost, const Body& body) {
 #ifdef _OPENMP
-  constexpr double kWorthAThread = 6000.0;
-  const double shares = static_cast<double>(units) * cost / kWorthAThread;
-  int threads = static_cast<int>(max_threads());
-  if (shares < threads) threads = static_cast<int>(shares);
-  if (threads > units) threads = static_cast<int>(units);
+  const int threads = static_cast<int>(worthwhile_threads(units, cost));
   if (threads > 1) {
 #pragma omp parallel num_threads(threads)
     {

@@ -9,10 +9,12 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from fastdiff.integrations._torch_noise import fill_, randn
 from fastdiff.ops.brownian import brownian
 from fastdiff.ops.noise import as_seeds
 from fastdiff.path_noise import PATH
 
+_FAST = (torch.float32, torch.bfloat16, torch.float16)
 SOURCES = ("generator", "counter")
 
 
@@ -73,6 +75,14 @@ def brownian_tree(scheduler: Any, generator: Any, sample: Tensor, model_output: 
 
 
 def drawn(like: Tensor, generator: Any, dtype: torch.dtype) -> Tensor:
-    """Noise as diffusers draws it."""
-    noise: Tensor = randn_tensor(like.shape, generator=generator, device=like.device, dtype=dtype)
-    return noise
+    """(N, *S) noise on the device of ``like``, the bits that diffusers' `randn_tensor` draws."""
+    if like.is_cpu and dtype in _FAST and like.dim():
+        if not isinstance(generator, list):
+            return randn(like.shape, generator, dtype)
+        if len(generator) == len(like):
+            noise = torch.empty(like.shape, dtype=dtype)
+            for sample, own in zip(noise, generator, strict=True):
+                fill_(sample, own)
+            return noise
+    theirs: Tensor = randn_tensor(like.shape, generator=generator, device=like.device, dtype=dtype)
+    return theirs
