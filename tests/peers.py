@@ -14,6 +14,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from oracles_dpm_2 import get_ancestral_step
 from rows import run
 from solver_cases import SHAPE, draws
 
@@ -130,11 +131,17 @@ class Peer:
 
 def k_sampling():
     """k_diffusion.sampling alone: the package itself imports torchvision, wandb and CLIP."""
+    return k_module("sampling")
+
+
+def k_module(name):
+    """One module of k_diffusion. For `layers`, whose DCT loss nobody here calls, the packages of
+    that loss are empty names where they are not installed."""
     why = "k-diffusion (with torchdiffeq, torchsde and tqdm) is not installed"
     for needed in ("torchdiffeq", "torchsde", "scipy", "tqdm"):
         pytest.importorskip(needed, reason=why)
-    if "k_diffusion.sampling" in sys.modules:
-        return sys.modules["k_diffusion.sampling"]
+    if f"k_diffusion.{name}" in sys.modules:
+        return sys.modules[f"k_diffusion.{name}"]
     found = importlib.util.find_spec("k_diffusion")
     if found is None:
         pytest.skip(why)
@@ -142,9 +149,27 @@ def k_sampling():
     package.__path__ = list(found.submodule_search_locations)
     utils.append_dims = lambda x, n: x[(...,) + (None,) * (n - x.ndim)]
     package.utils = utils
-    sys.modules |= {"k_diffusion": package, "k_diffusion.utils": utils}
+    made = {"k_diffusion": package, "k_diffusion.utils": utils}
+    if name == "layers":
+        for absent, attributes in (
+            ("dctorch", ("functional",)),
+            ("einops", ("rearrange", "repeat")),
+        ):
+            if importlib.util.find_spec(absent) is None:
+                made[absent] = types.ModuleType(absent)
+                made[absent].__dict__.update(dict.fromkeys(attributes))
+    sys.modules |= made
     try:
-        return importlib.import_module("k_diffusion.sampling")
+        return importlib.import_module(f"k_diffusion.{name}")
     finally:  # leave no half of a package behind
-        for name in ("k_diffusion", "k_diffusion.utils"):
-            del sys.modules[name]
+        for key in made:
+            del sys.modules[key]
+
+
+def stable_step(sigma_from, sigma_to, eta=1.0):
+    """get_ancestral_step without the difference of squares, which loses the digits of a small
+    sigma_down: the network would be asked elsewhere."""
+    if sigma_to == 0:
+        return sigma_to, 0.0
+    down, up = get_ancestral_step(float(sigma_from), float(sigma_to), eta)
+    return torch.tensor(down, dtype=torch.float64), up

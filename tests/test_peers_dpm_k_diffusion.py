@@ -8,8 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from oracles_dpm_2 import get_ancestral_step
-from peers import k_sampling
+from peers import k_sampling, stable_step
 from rows import run
 from solver_cases import SPACINGS, assert_same, draws, problem_of, start
 
@@ -54,15 +53,6 @@ def denoiser(p, known):
         return torch.from_numpy(p.denoised(z.numpy(), level, known.get(np.round(level, 9))))
 
     return denoise
-
-
-def stable_step(sigma_from, sigma_to, eta=1.0):
-    """get_ancestral_step without the difference of squares, which loses the digits of a small
-    sigma_down: the network would be asked elsewhere."""
-    if sigma_to == 0:
-        return sigma_to, 0.0
-    down, up = get_ancestral_step(float(sigma_from), float(sigma_to), eta)
-    return torch.tensor(down, dtype=torch.float64), up
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
