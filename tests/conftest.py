@@ -11,12 +11,8 @@ import torch
 
 import fastdiff
 from fastdiff import checkpoints, schedules
-from fastdiff.integrations import _chains, _transformer
-from fastdiff.models.unet import UNet, UNetConfig
-
-
-@pytest.fixture
 from fastdiff.integrations import _chains, _torch_noise, _transformer
+from fastdiff.models.unet import UNet, UNetConfig
 from fastdiff.ops import _native
 
 # instruction sets of this machine, best first; none where the extension is missing
@@ -95,7 +91,9 @@ def tiny(tmp_path: Path) -> Path:
         "sampling": {"guidance": 1.5, "shape": [1, 16, 16]},
     }
     return checkpoints.save(tmp_path / "tiny", UNet(config), schedules.cosine(), card)
-=======
+
+
+@pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Sizes that our kernel drew, in every size that it can."""
     sizes: list[int] = []
