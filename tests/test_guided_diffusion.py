@@ -132,7 +132,7 @@ def test_a_step_in_float32(case, kind):
             for x in (exact.float(), exact)
         ]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch, "randn_like", lambda x, noise=noise: noise.to(x.dtype))
+            patch.setattr(_guided_steps, "randn_like", lambda x, noise=noise: noise.to(x.dtype))
             got = getattr(diffusion, kind)(model_of(diffusion), exact.float(), index)
         for key, (same, true) in zip(
             ("sample", "pred_xstart"), zip(*wanted, strict=True), strict=True

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastdiff.integrations._torch_noise import randn_like
 from fastdiff.schedules import Schedule
 from fastdiff.solvers._checks import choice
 from fastdiff.solvers._walk import Point, x0_conversion
@@ -81,7 +82,7 @@ class Process:
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """A draw from q(x_t | x_0); ``noise`` None: from torch's global generator."""
-        noise = torch.randn_like(x_start) if noise is None else noise
+        noise = randn_like(x_start) if noise is None else noise
         a, s = np.sqrt(self.alphas_cumprod), np.sqrt(1 - self.alphas_cumprod)
         return self._at(a, t, x_start) * x_start + self._at(s, t, x_start) * noise
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastdiff import solvers
 from fastdiff.integrations._guided_process import Model, Process
+from fastdiff.integrations._torch_noise import randn_like
 from fastdiff.ops.noise import Stream, as_seeds, randn
 from fastdiff.ops.reverse_step import reverse_step
 from fastdiff.sampler import first_parameter
@@ -96,7 +97,7 @@ class Steps(Process):
         prediction, clip = self.prediction, 1.0 if call.clip else None
         result: dict[str, Tensor] = {}
         # the draws have the peer's order: a cond_fn may draw too
-        noise = torch.randn_like(x) if drawn and kind == "ddpm" else None
+        noise = randn_like(x) if drawn and kind == "ddpm" else None
         pushed = None
         hooked = call.denoised_fn is not None or call.cond_fn is not None
         if x0 or hooked:
@@ -117,7 +118,7 @@ class Steps(Process):
             if hooked:
                 given, prediction, clip = predicted, "sample", None
         if drawn and kind == "ddim":
-            noise = torch.randn_like(x)
+            noise = randn_like(x)
         table = self._table(kind, eta, prediction, drawn)
         if drawn:
             given = given.to(x.dtype)  # that of the noise, which goes in beside it

@@ -67,6 +67,11 @@ def randn(
     return fill_(torch.empty(shape, dtype=dtype), generator)
 
 
+def randn_like(x: Tensor) -> Tensor:
+    """``torch.randn_like(x)``, under the terms of `randn`."""
+    return fill_(torch.empty_like(x))
+
+
 def fill_(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """``x.normal_(generator=generator)``, under the terms of `randn`.
 

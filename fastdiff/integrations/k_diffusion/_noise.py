@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastdiff.integrations._torch_noise import randn_like
 from fastdiff.ops.brownian import brownian
 from fastdiff.ops.noise import as_seeds
 
@@ -35,7 +36,7 @@ class Source(NamedTuple):
 
 def default_noise_sampler(x: Tensor) -> NoiseSampler:
     """Independent unit normals like x at every call, from torch's generator."""
-    return lambda sigma, sigma_next: torch.randn_like(x)
+    return lambda sigma, sigma_next: randn_like(x)
 
 
 class BrownianTreeNoiseSampler:
