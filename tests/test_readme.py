@@ -37,7 +37,9 @@ def test_commands_run(command, tmp_path):
         [sys.executable, "-m", "fastdiff", *words], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    if words[0] == "sample":
+    if "--outdir" in words:
+        assert len(list((tmp_path / words[words.index("--outdir") + 1]).rglob("*.png"))) == 16
+    elif words[0] == "sample":
         name = words[words.index("--out") + 1] if "--out" in words else "samples.png"
         assert (tmp_path / name).stat().st_size > 0
 
