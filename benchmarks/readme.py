@@ -1,7 +1,8 @@
-"""Write the generated parts of README.md: ``python -m benchmarks.readme`` (``--check`` compares).
+"""Write the generated parts of README.md and docs: ``python -m benchmarks.readme`` (``--check``
+compares).
 
 Everything between ``<!-- generated: NAME -->`` and ``<!-- end -->`` comes from the registries and
-from the JSON in benchmarks/results, so the README cannot drift from either.
+from the JSON in benchmarks/results, so the texts cannot drift from either.
 """
 
 from __future__ import annotations
@@ -222,10 +223,11 @@ def work_precision_table() -> str:
             orders,
         ),
         (
-            "The same solver in diffusers and here on DDPM's schedule, RMS error. With a last step "
-            "to sigma 0 (either library's default) that step, of first order, is the largest error "
-            "and the order falls to 1 or below. To sigma_min ours keeps its order; diffusers "
-            "rounds the times of a Karras grid and computes in float32, so its error stops "
+            "The same solver in diffusers and here on DDPM's schedule, RMS error. By default "
+            "diffusers' falls to order 1 and ours keeps its own (docs/solvers.md says why). On a "
+            "Karras grid that is named, either library takes a plain last step to sigma 0, whose "
+            "error no number of steps lowers. To sigma_min ours keeps its order; diffusers "
+            "rounds the times of the grid and computes in float32, so its error stops "
             "falling, and its third order divides by zero.",
             ["solver", "setting", "library", "measured order", *late],
             peers,
@@ -247,18 +249,56 @@ def work_precision_table() -> str:
     return "\n\n".join([picture, *parts, _provenance(found[0])])
 
 
-PARTS: dict[str, Callable[[], str]] = {
-    "solvers": solver_table,
-    "backends": backend_table,
-    "benchmarks": benchmark_table,
-    "quality": quality_table,
-    "work_precision": work_precision_table,
+def orders_table() -> str:
+    """Measured orders of the multistep solvers to clean data, diffusers beside ours."""
+    found = {
+        (r["solver"], r["library"], r["setting"]): r
+        for r in _load("work_precision.json")
+        if r["case"] == "peer"
+    }
+    columns = [
+        (library, setting)
+        for library in ("diffusers", "fastdiff")
+        for setting in ("default", "karras")
+    ]
+    head = [f"{library}, {setting}" for library, setting in columns]
+    rows = [
+        [name, *(f"{_slope(r)} ({_at(r, PEER_COUNTS[-1])})" for r in map(found.get, keys) if r)]
+        for name in dict.fromkeys(solver for solver, *_ in found)
+        for keys in [[(name, *column) for column in columns]]
+    ]
+    return f"{_table(['solver', *head], rows)}\n\n{_provenance(next(iter(found.values())))}"
+
+
+def spacings_table() -> str:
+    """Frechet distance of the shipped model's samples by spacing and steps."""
+    found = _load("quality_spacing.json")
+    steps = sorted({r["steps"] for r in found})
+    distance = {(r["solver"], r["spacing"], r["steps"]): f"{r['frechet']:.2f}" for r in found}
+    names = dict.fromkeys((r["solver"], r["spacing"]) for r in found)
+    rows = [[f"`{n}`", f'"{s}"', *(distance[n, s, k] for k in steps)] for n, s in names]
+    head = ["solver", "spacing", *(f"Frechet distance at {k} steps" for k in steps)]
+    first = found[0]
+    note = f"From {first['n']} samples; as many real images have {first['frechet_of_n_real']:.2f}."
+    return f"{_table(head, rows)}\n\n{note}\n\n{_provenance(first)}"
+
+
+# the generated parts of each page
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {
+        "solvers": solver_table,
+        "backends": backend_table,
+        "benchmarks": benchmark_table,
+        "quality": quality_table,
+        "work_precision": work_precision_table,
+    },
+    "docs/solvers.md": {"orders": orders_table, "spacings": spacings_table},
 }
 
 
-def render(text: str) -> str:
-    """The README with every generated part made anew."""
-    for name, make in PARTS.items():
+def render(page: str, text: str) -> str:
+    """A page with every generated part made anew."""
+    for name, make in PAGES[page].items():
         pattern = rf"(<!-- generated: {name} -->\n).*?(<!-- end -->)"
         body = make().strip()
         body = f"\n{body}\n\n" if body else ""
@@ -266,7 +306,7 @@ def render(text: str) -> str:
             pattern, lambda m, body=body: m[1] + body + m[2], text, flags=re.DOTALL
         )
         if count != 1:
-            raise ValueError(f"readme: README.md must have one part {name!r}, got {count}")
+            raise ValueError(f"readme: {page} must have one part {name!r}, got {count}")
     return text
 
 
@@ -275,15 +315,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    path = ROOT / "README.md"
-    old = path.read_text(encoding="utf-8")
-    new = render(old)
-    if check:
-        if new != old:
-            print("README.md is out of date: python -m benchmarks.readme", file=sys.stderr)
-        return int(new != old)
-    path.write_text(new, encoding="utf-8")
-    return 0
+    stale = 0
+    for page in PAGES:
+        path = ROOT / page
+        old = path.read_text(encoding="utf-8")
+        new = render(page, old)
+        if not check:
+            path.write_text(new, encoding="utf-8")
+        elif new != old:
+            print(f"{page} is out of date: python -m benchmarks.readme", file=sys.stderr)
+            stale = 1
+    return stale
 
 
 if __name__ == "__main__":

@@ -229,8 +229,9 @@ def test_sampled_moments(case, name):
     )  # fmt: skip
     mean, variance = moments(CASES[case].oracle(p, basis[1])[-1], 0.0, schedule.init_sigma**2)
     by_table = table_moments(table, 0.0, schedule.init_sigma**2)
-    # the scale of the rounding: coefficients of the first state times its own size, once a row
-    rounding = 8 * size * np.finfo(float).eps * schedule.init_sigma**2
+    # the scale of the rounding: coefficients of the first state times its own size, once a row; a
+    # noise form may end wider than it began at so few steps
+    rounding = 8 * size * np.finfo(float).eps * max(schedule.init_sigma**2, variance)
     assert abs(by_table[0] - mean) <= rounding and abs(by_table[1] - variance) <= rounding
 
     seeds = torch.arange(SAMPLES[0])

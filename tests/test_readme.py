@@ -1,4 +1,4 @@
-"""Every block of the README runs, and its tables are those of the registries."""
+"""Every block of the README and of docs/solvers.md runs; tables are those of the registries."""
 
 import re
 import shlex
@@ -20,6 +20,12 @@ def test_python_blocks_run_in_turn(capsys):
     for block in PYTHON:
         exec(compile(block, "README.md", "exec"), scope)
     assert "x0 in [" in capsys.readouterr().out
+
+
+def test_python_of_the_solvers_page_runs():
+    page = (ROOT / "docs" / "solvers.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    exec(compile(block, "docs/solvers.md", "exec"), {})
 
 
 def _fastdiff_commands():

@@ -80,6 +80,8 @@ INVERSES: dict[str, Callable[..., StepTable]] = {
     f.__name__: f for f in (ddim_inverse, dpmpp_multistep_inverse, dpm_multistep_inverse)
 }
 
+MANY = 10  # steps from which `build` chooses for the order of convergence
+
 # the kinds of schedule on which a prediction has its meaning
 _KINDS = {"v_prediction": "discrete", "flow": "flow", "edm": "edm"}
 
@@ -107,9 +109,12 @@ def build(
             (alpha*noise - sigma*x0, discrete schedules), "flow" (noise - x0, flow schedules),
             "edm" (the raw network of Karras et al. 2022, with its c_in, c_skip, c_out and
             t = ln(sigma)/4, EDM schedules).
-        spacing: as in `Schedule.points`; None for the schedule's default, which is good at few
-            steps. From about ten steps, "exponential" or "karras" serve the second-order solvers
-            better on linear and scaled_linear (their times are fractional).
+        spacing: as in `Schedule.points`; None for fastdiff's own choice. That is the schedule's
+            default, which is good at few steps, but from ten steps a solver that keeps its order
+            only on a grid that is fine at its end (those with `final_order`; of order 2 or more,
+            without noise) takes "exponential" on a discrete schedule, whose times are fractional,
+            and there and on "edm" a last step of second order. A spacing that is named is taken
+            with the plain last step, as other libraries have it.
         final: "zero" ends at clean data, "sigma_min" at the schedule's least noisy time.
         sigmas, timesteps: the points themselves in place of a spacing, see `Schedule.custom`.
         options: of the solver, see its builder; and of the spacing (`rho`, `steps_offset`, ...).
@@ -122,7 +127,10 @@ def build(
     """
     choice("solver", name, tuple(SOLVERS))
     if sigmas is None and timesteps is None:
-        grid = _grid_of(SOLVERS[name], schedule, _count(steps), spacing, final, options)
+        count = _count(steps)
+        if spacing is None:
+            spacing = _own_choice(SOLVERS[name], schedule, count, prediction, options)
+        grid = _grid_of(SOLVERS[name], schedule, count, spacing, final, options)
     else:
         grid = _custom(SOLVERS[name], schedule, steps, spacing, final, sigmas, timesteps, options)
     return build_on(name, schedule, grid, prediction=prediction, **options)
@@ -187,6 +195,34 @@ def _check(
     choice("final", final, ("zero", "sigma_min"))
     _check_options(builder, options, OPTIONS)
     return {k: options.pop(k) for k in OPTIONS if k in options}
+
+
+def _own_choice(
+    builder: Callable[..., StepTable],
+    schedule: Schedule,
+    steps: int,
+    prediction: str,
+    options: dict[str, Any],
+) -> str | None:
+    """The spacing of a `build` that names none, and the `final_order` put among its options.
+
+    The times of a discrete schedule's default are even in (sigma/alpha)^2 near clean data. There
+    the last few steps in log(sigma/alpha) do not get shorter with their number, so that the error
+    of any solver that is polynomial in it falls as 1/steps; and at a fixed least level a plain last
+    step leaves an error that does not fall.
+    """
+    known = inspect.signature(builder).parameters
+    if steps < MANY or "final_order" not in known or not isinstance(schedule, Schedule):
+        return None
+    if schedule.kind == "flow" or not math.isfinite(float(schedule.ratio(schedule.t_max))):
+        return None
+    own = {k: v for k, v in options.items() if k in known}
+    one_step = schedule.points(1, final="sigma_min")
+    probe = builder(_walk_of(schedule, one_step, prediction), **own)
+    if probe.order < 2 or probe.stochastic:
+        return None
+    options.setdefault("final_order", 2)
+    return "exponential" if schedule.kind == "discrete" else None
 
 
 def _grid_of(

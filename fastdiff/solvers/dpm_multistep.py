@@ -14,6 +14,7 @@ from fastdiff.solvers._exponential import (
     fresh_noise,
     needs_signal,
 )
+from fastdiff.solvers._final import checked, to_clean
 from fastdiff.solvers._walk import Step, Walk, epsilon
 from fastdiff.table import StepTable
 
@@ -39,6 +40,7 @@ def lay(
     noise_form: bool,
     eta: float = 0.0,
     s_noise: float = 1.0,
+    final_order: int = 1,
 ) -> None:
     """The rows: derivatives of the prediction by divided differences of those pushed before.
 
@@ -51,6 +53,8 @@ def lay(
         order = wanted if math.isfinite(step.h) else 1
         if order > 1:
             x |= _differences(x, step, past, order, solver_type, noise_form, eta)
+        if step.next.sigma == 0:
+            x = to_clean(walk, step, final_order, pushes_x0=not noise_form)
         push = epsilon(step.now) if noise_form else True
         up = s_noise * fresh_noise(step, noise_form, eta)
         walk.evaluate(step.now, x, noise=up, push=push)
@@ -92,13 +96,17 @@ def _multistep(
     s_noise: float,
     lower_order_final: bool,
     euler_at_final: bool,
+    final_order: int = 1,
 ) -> StepTable:
     order = whole("order", order, 1, 3)
     choice("solver_type", solver_type, SOLVER_TYPES)
     eta, s_noise = number("eta", eta, 0.0), number("s_noise", s_noise, 0.0)
     lower = flag("lower_order_final", lower_order_final)
     orders = orders_of(walk.steps, order, lower, flag("euler_at_final", euler_at_final))
-    lay(walk, walk, orders, solver_type, noise_form=noise_form, eta=eta, s_noise=s_noise)
+    lay(
+        walk, walk, orders, solver_type, noise_form=noise_form, eta=eta, s_noise=s_noise,
+        final_order=checked(final_order, eta),
+    )  # fmt: skip
     return walk.table(name, min(order, 2))
 
 
@@ -111,6 +119,7 @@ def dpmpp_multistep(
     s_noise: float = 1.0,
     lower_order_final: bool = True,
     euler_at_final: bool = False,
+    final_order: int = 1,
 ) -> StepTable:
     """Lu et al. 2022 (arXiv:2211.01095): DPM-Solver++, multistep, algorithm 2 and appendix B.
 
@@ -129,10 +138,11 @@ def dpmpp_multistep(
         s_noise: scale of the noise.
         lower_order_final: below 15 steps the last step is of order 1, the one before at most 2.
         euler_at_final: the last step is of order 1 at any number of steps.
+        final_order: of the step to clean data, 1 or, without noise, 2, as in `dpmpp_2m`.
     """
     return _multistep(
         walk, "dpmpp_multistep", False, order, solver_type, eta, s_noise,
-        lower_order_final, euler_at_final,
+        lower_order_final, euler_at_final, final_order,
     )  # fmt: skip
 
 
@@ -145,6 +155,7 @@ def dpm_multistep(
     s_noise: float = 1.0,
     lower_order_final: bool = True,
     euler_at_final: bool = False,
+    final_order: int = 1,
 ) -> StepTable:
     """Lu et al. 2022 (arXiv:2206.00927): DPM-Solver, multistep.
 
@@ -155,7 +166,8 @@ def dpm_multistep(
     with "dpmsolver" and, at eta = 1, "sde-dpmsolver".
 
     Args:
-        order, solver_type, s_noise, lower_order_final, euler_at_final: as in `dpmpp_multistep`.
+        order, solver_type, s_noise, lower_order_final, euler_at_final, final_order: as in
+            `dpmpp_multistep`.
         eta: strength of the SDE's noise, 0 for the ODE; above 0 the grid must begin at alpha > 0,
             as the step multiplies the state and the noise by alpha'/alpha.
 
@@ -166,7 +178,7 @@ def dpm_multistep(
         needs_signal(walk, "dpm_multistep", "with eta > 0")
     return _multistep(
         walk, "dpm_multistep", True, order, solver_type, eta, s_noise,
-        lower_order_final, euler_at_final,
+        lower_order_final, euler_at_final, final_order,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 from fastdiff.solvers._checks import choice, flag, number
+from fastdiff.solvers._final import checked, to_clean
 from fastdiff.solvers._phi import adams
 from fastdiff.solvers._walk import Step, Walk, epsilon
 from fastdiff.table import StepTable
@@ -69,6 +70,7 @@ def _lay(
     solver_type: str,
     predict_x0: bool,
     corrects: Callable[[int], bool],
+    final_order: int,
 ) -> None:
     """A row a step.
 
@@ -87,7 +89,7 @@ def _lay(
                 (1.0, base), (weights[0], current), (1.0, past(weights[1:])), (-1.0, guess)
             )
         if step.next.sigma == 0:
-            walk.evaluate(step.now, {"d": step.next.alpha})
+            walk.evaluate(step.now, to_clean(walk, step, final_order, pushes_x0=predict_x0))
             break
         gain, weights = _update(steps[: i + 1], orders[i], solver_type, predict_x0, corrects=False)
         x = combine((gain, base), (weights[0], current), (1.0, past(weights[1:])))
@@ -104,6 +106,7 @@ def unipc(
     corrector: bool = True,
     disable_corrector: tuple[int, ...] = (),
     lower_order_final: bool = True,
+    final_order: int = 1,
 ) -> StepTable:
     """Zhao et al. 2023 (arXiv:2302.04867), algorithms 1 and 2 with B(h) of section 3.1.
 
@@ -120,6 +123,7 @@ def unipc(
         corrector: False is UniP, the predictor alone.
         disable_corrector: steps, from 0, that are not corrected.
         lower_order_final: let the order fall to 1 over the last steps.
+        final_order: of the step to clean data, 1 or 2, as in `dpmpp_2m`.
     """
     if order not in (1, 2, 3) or isinstance(order, bool):
         raise ValueError(f"build: order of unipc must be 1, 2 or 3, got {order!r}")
@@ -137,7 +141,7 @@ def unipc(
         return not last and (solver_type == "bh2" or math.isfinite(steps[i].h))
 
     orders = [min(order, i + 1, len(steps) - i if falls else order) for i in range(len(steps))]
-    _lay(walk, steps, orders, solver_type, predict_x0, corrects)
+    _lay(walk, steps, orders, solver_type, predict_x0, corrects, checked(final_order))
     accuracy = order + (corrector and not disabled)
     low = falls or steps[0].now.alpha == 0
     return walk.table("unipc", min(accuracy, 2) if low else accuracy)
