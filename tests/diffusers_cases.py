@@ -35,8 +35,15 @@ BETAS: list[Level] = [
 SPACING = _levels("timestep_spacing", "linspace", "leading", "trailing")
 OFFSET = _flag("steps_offset", 1)
 ZERO_SNR = _flag("rescale_betas_zero_snr")
-EPSILON_V_SAMPLE = _levels("prediction_type", "v_prediction", "sample")
-WITH_FLOW = [*EPSILON_V_SAMPLE, {"prediction_type": "flow_prediction"}]
+EPSILON_V = _flag("prediction_type", "v_prediction")
+EPSILON_V_SAMPLE = [*EPSILON_V, {"prediction_type": "sample"}]
+# diffusers drops a variance from epsilon alone
+WITH_FLOW = [
+    *EPSILON_V_SAMPLE,
+    {"prediction_type": "flow_prediction"},
+    {"variance_type": "learned_range"},
+]
+WITHOUT_VARIANCE = WITH_FLOW[:-1]
 ONE_TO_ONE = _flag("set_alpha_to_one", False)
 THRESHOLD: Level = {
     "thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 1.5,
@@ -138,7 +145,7 @@ _FLOW = {
 }
 _EDM = {
     "steps": STEPS,
-    "prediction": _flag("prediction_type", "v_prediction"),
+    "prediction": EPSILON_V,
     "schedule": _flag("sigma_schedule", "exponential"),
     "data": _flag("sigma_data", 1.0),
     "range": [{}, {"sigma_min": 0.02, "sigma_max": 30.0, "rho": 5.0}],
@@ -170,7 +177,7 @@ FACTORS: dict[str, dict[str, list[Level]]] = {
     "PNDMScheduler": {
         "steps": [{"set:num_inference_steps": n} for n in (10, 4, 21, 50, 1, 2)],
         "betas": BETAS,
-        "prediction": _flag("prediction_type", "v_prediction"),
+        "prediction": EPSILON_V,
         "spacing": SPACING,
         "offset": OFFSET,
         "prk": _flag("skip_prk_steps"),
@@ -193,7 +200,9 @@ FACTORS: dict[str, dict[str, list[Level]]] = {
         "churn": CHURN,
     },
     "EulerAncestralDiscreteScheduler": {
-        k: v for k, v in {**_K, "zero_snr": ZERO_SNR}.items() if k != "sigmas"
+        **{k: v for k, v in _K.items() if k != "sigmas"},
+        "prediction": EPSILON_V,
+        "zero_snr": ZERO_SNR,
     },
     "EDMEulerScheduler": {**_EDM, "churn": CHURN},
     "HeunDiscreteScheduler": {
@@ -201,8 +210,8 @@ FACTORS: dict[str, dict[str, list[Level]]] = {
         "steps": [*STEPS, {"set:timesteps": [99, 75, 30, 8], "set:num_inference_steps": None}],
         "clip": [{}, {"clip_sample": True}, {"clip_sample": True, "clip_sample_range": 2.0}],
     },
-    "KDPM2DiscreteScheduler": _K,
-    "KDPM2AncestralDiscreteScheduler": _K,
+    "KDPM2DiscreteScheduler": {**_K, "prediction": EPSILON_V},
+    "KDPM2AncestralDiscreteScheduler": {**_K, "prediction": EPSILON_V},
     "DPMSolverMultistepScheduler": {
         **_DPM,
         "steps": [*STEPS, OWN_TIMESTEPS],
@@ -216,11 +225,8 @@ FACTORS: dict[str, dict[str, list[Level]]] = {
             {"algorithm_type": "sde-dpmsolver", "final_sigmas_type": "sigma_min"},
         ],
         "zero_snr": ZERO_SNR,
-        "variance": _flag("variance_type", "learned_range"),
     },
-    "DPMSolverMultistepInverseScheduler": {
-        **_DPM, "variance": _flag("variance_type", "learned_range"),
-    },
+    "DPMSolverMultistepInverseScheduler": _DPM,
     "DPMSolverSinglestepScheduler": {
         **{k: v for k, v in _DPM.items() if k not in ("spacing", "offset")},
         "steps": [*STEPS, OWN_TIMESTEPS],
@@ -230,11 +236,11 @@ FACTORS: dict[str, dict[str, list[Level]]] = {
             {"algorithm_type": "sde-dpmsolver++"},
         ],
         "final": FINAL,
-        "variance": _flag("variance_type", "learned_range"),
         "sigmas": DYNAMIC,
     },
     "DPMSolverSDEScheduler": {
         **_K,
+        "prediction": EPSILON_V,
         # its Brownian tree takes milliseconds a query
         "steps": [{"set:num_inference_steps": n} for n in (3, 1, 2, 10)],
         "noise": _flag("step:s_noise", 1.007),
@@ -242,6 +248,7 @@ FACTORS: dict[str, dict[str, list[Level]]] = {
     },
     "DEISMultistepScheduler": {
         **{k: v for k, v in _DPM.items() if k not in ("algorithm", "solver", "lambda")},
+        "prediction": WITHOUT_VARIANCE,
         "sigmas": DYNAMIC,
         "time_shift": _flag("time_shift_type", "linear"),
     },
@@ -267,6 +274,7 @@ FACTORS: dict[str, dict[str, list[Level]]] = {
     },
     "UniPCMultistepScheduler": {
         **{k: v for k, v in _DPM.items() if k not in ("algorithm", "lambda")},
+        "prediction": WITHOUT_VARIANCE,
         "sigmas": [
             *DYNAMIC,
             {
@@ -289,7 +297,6 @@ FACTORS: dict[str, dict[str, list[Level]]] = {
         "corrector": _levels("corrector_order", 0, 1, 3, 4),
         "algorithm": _flag("algorithm_type", "noise_prediction"),
         "tau": _flag("tau_func", (lambda t: 0.3)),
-        "variance": _flag("variance_type", "learned_range"),
     },
     "LCMScheduler": _LCM,
     "TCDScheduler": {**_LCM, "eta": [{}, {"step:eta": 0.0}, {"step:eta": 1.0}]},
@@ -365,9 +372,9 @@ def split(row: Row) -> tuple[Level, Level, Level]:
 def made(cls: Any, row: Row) -> Any:
     """A scheduler of a case, its grid set."""
     config, grid, _ = split(row)
-    if config.get("scale_factors") == [0.5, 1.0]:  # one a step
+    if "scale_factors" in config:  # one for each step but the last
         n = grid.get("num_inference_steps") or len(grid["sigmas"])
-        config["scale_factors"] = [1.0] * n
+        config["scale_factors"] = [1.0] * (n - 1)
     if "solver_p" in config:
         config["solver_p"] = config["solver_p"]()
     scheduler = cls(**config)

@@ -24,14 +24,19 @@ class Doubled(TorchFunctionMode):
     def __init__(self, noise: list[Tensor]) -> None:
         super().__init__()
         self.noise = iter(noise)
+        self.reach = [0.0]  # largest size of what has been clipped
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is torch.randn:
             return next(self.noise).double()
         doubled = args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64
-        if doubled and func in (Tensor.to, Tensor.float, Tensor.type, Tensor.half):
-            return args[0]
+        if doubled and func in (Tensor.to, Tensor.float, Tensor.type):
+            asked = [a for a in (*args[1:], *kwargs.values()) if isinstance(a, torch.dtype)]
+            if all(dtype.is_floating_point for dtype in asked):
+                return args[0]
+        if doubled and func in (Tensor.clamp, torch.clamp):
+            self.reach.append(float(args[0].abs().max()) if args[0].numel() else 0.0)
         return func(*args, **kwargs)
 
 
@@ -93,6 +98,7 @@ class Path:
     error: Exception | None = None
     noise: list[Tensor] = field(default_factory=list)
     state: Any = None  # of the generator afterwards
+    reach: float = 0.0  # largest size of what has been clipped
 
 
 def model_outputs(row: dict[str, Any], n: int, dtype: torch.dtype, shape=SHAPE) -> list[Tensor]:
@@ -102,10 +108,14 @@ def model_outputs(row: dict[str, Any], n: int, dtype: torch.dtype, shape=SHAPE) 
     # DPMSolver* take a learned variance and drop it
     learned = config.get("variance_type") in LEARNED
     channels = shape[1] * (1 + learned)
-    return [
+    made = [
         torch.randn(shape[0], channels, *shape[2:], generator=generator).to(dtype)
         for _ in range(n)
     ]
+    if config.get("variance_type") == "learned":  # the variance itself, not its logarithm
+        for output in made:
+            output[:, shape[1] :].abs_()
+    return made
 
 
 def arguments(scheduler: Any, i: int, t: Any, before: tuple[Tensor, ...] | None) -> dict[str, Any]:
@@ -169,8 +179,9 @@ def compared(
     if "noise_sampler" in vars(exact):
         feed = iter(one.noise)
         exact.__dict__["noise_sampler"] = lambda *span: next(feed).double()
-    with default_float64(), Doubled(one.noise):
+    with default_float64(), Doubled(one.noise) as mode:
         three = walk(exact, row, start.double(), [m.double() for m in outputs])
+    three.reach = max(mode.reach)
     return one, two, three
 
 
@@ -186,3 +197,4 @@ def _watch(scheduler: Any, noise: list[Tensor]) -> None:
         self.__dict__["noise_sampler"] = None if value is None else Sampler(value, noise)
 
     scheduler.__class__ = type(cls.__name__, (cls,), {"noise_sampler": property(get, put)})
+    scheduler.__dict__["noise_sampler"] = None

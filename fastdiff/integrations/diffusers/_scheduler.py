@@ -8,10 +8,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdiff.integrations.diffusers._moves import ANCHOR, Move
+from fastdiff.integrations.diffusers._moves import ANCHOR, FOREIGN, Move
 from fastdiff.integrations.diffusers._noise import CounterPath, brownian_tree, drawn, seeds_of
 from fastdiff.integrations.diffusers._outputs import Later, LaterTuple, later_output
-from fastdiff.integrations.diffusers._plan import Plan, Runtime, find, signature, tensors_of
+from fastdiff.integrations.diffusers._plan import OWN, Plan, Runtime, find, signature, tensors_of
 from fastdiff.integrations.diffusers._trace import NOISE, Trace, is_state, trace
 from fastdiff.ops._layout import memory_format
 from fastdiff.ops.dynamic_threshold import dynamic_threshold
@@ -29,7 +29,7 @@ class Call(NamedTuple):
     generator: Any
     options: dict[str, Any]  # numbers
     given: dict[str, Tensor]  # tensors like the sample
-    learned: bool  # the model output carries a variance
+    learned: bool | None  # the model output carries a variance; None: its shape is another's
     key: tuple[Any, ...]
 
     def theirs(self, names: tuple[str, ...], return_dict: bool) -> dict[str, Any]:
@@ -79,7 +79,9 @@ class DropIn:
         if not isinstance(sample, Tensor) or (
             torch.is_grad_enabled() and (sample.requires_grad or model_output.requires_grad)
         ):
-            return self._fd_peer.step(self, model_output, timestep, sample, **named)
+            return self._fd_peer.step(
+                self, model_output, timestep=timestep, sample=sample, **named
+            )
         return_dict = named.pop("return_dict", self._fd_return_dict)
         generator = named.pop("generator", None)
         values, runtime = self.__dict__, self._fastdiff
@@ -94,7 +96,9 @@ class DropIn:
             move = self._find(plan, call, seen)
         if type(move) is str:
             theirs = call.theirs(self._fd_names, return_dict)
-            return self._fd_peer.step(self, model_output, timestep, sample, **theirs)
+            return self._fd_peer.step(
+                self, model_output, timestep=timestep, sample=sample, **theirs
+            )
         assert isinstance(move, Move)
         answer = None
         if not (sample.dtype == torch.float32 == model_output.dtype) or move.spanned:
@@ -122,7 +126,9 @@ class DropIn:
             place = runtime.number(timestep)
         elif self._fd_by_value:
             place = place, runtime.number(timestep)
-        learned = self._fd_learned and model_output.shape != sample.shape
+        learned: bool | None = False
+        if model_output.shape != sample.shape:
+            model_output, learned = self._split(model_output, sample)
         kind = timestep.dtype if isinstance(timestep, Tensor) else type(timestep)
         given: dict[str, Tensor] = {}
         if not named:
@@ -132,13 +138,30 @@ class DropIn:
                 if isinstance(value, Tensor):
                     if value.dim():
                         given[name] = named.pop(name)
+                        if value.shape != sample.shape or value.dtype != sample.dtype:
+                            learned = None
                     else:
                         named[name] = runtime.number(value)
             key = (place, kind, learned, *given, *named.items())
         return Call(model_output, timestep, sample, generator, named, given, learned, key)
 
+    def _split(self, model_output: Tensor, sample: Tensor) -> tuple[Tensor, bool | None]:
+        """The part of a model output that a step reads, and whether a variance follows it."""
+        shape = sample.shape
+        config = self.config
+        if config.get("variance_type") in ("learned", "learned_range") and (
+            model_output.shape == (shape[0], 2 * shape[1], *shape[2:])
+        ):
+            if self._fd_learned:
+                return model_output, True
+            if config.prediction_type == "epsilon" and shape[1] == 3:
+                return model_output[:, :3], False  # the solvers without noise drop it
+        return model_output, None
+
     def _find(self, plan: Plan, call: Call, seen: tuple[Any, ...]) -> Move | str:
         """The move of a call that has not been met before, or why it has none."""
+        if call.learned is None:
+            return "its tensors have not the shape and dtype of the sample"
         runtime = self._fastdiff
         number = runtime.number(call.timestep)
 
@@ -147,9 +170,8 @@ class DropIn:
             if isinstance(call.timestep, Tensor):
                 at = torch.tensor(number, dtype=call.timestep.dtype)
             options = {**call.options, **call.given}
-            return trace(
-                self, self._fd_peer.step, self._fd_state, at, options, learned=call.learned
-            )
+            learned = bool(call.learned)
+            return trace(self, self._fd_peer.step, self._fd_state, at, options, learned=learned)
 
         counter = None
         if self.config.noise == "counter":
@@ -326,11 +348,32 @@ class DropIn:
 
     # --- diffusers' own class -----------------------------------------------------------------
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Whatever is set besides the state may change the coefficients: a plan is then looked up
+        anew."""
+        super().__setattr__(name, value)
+        if name not in OWN and name not in self._fd_state and "_fastdiff" in self.__dict__:
+            self._fastdiff.plan = None
+
+    def __copy__(self) -> Any:
+        """A shallow copy with buffers of its own."""
+        twin = self.__class__.__new__(self.__class__)
+        twin.__dict__.update(self.__dict__)
+        runtime = self._fastdiff
+        for name in self._fd_state:
+            value = self.__dict__.get(name)
+            if is_state(value) and runtime.place(value) != FOREIGN:
+                twin.__dict__[name] = value.clone()
+        twin.__dict__["_fastdiff"] = Runtime()
+        return twin
+
     def _refresh(self) -> Plan:
         return self._fastdiff.refresh(self, self._fd_peer, self._fd_state)
 
     def _init_step_index(self, timestep: Any) -> None:
         """As diffusers does it, but on the host: its own asks the device."""
+        if "_init_size" in self.__dict__:  # taken from the first model output of a run
+            self.__dict__["_init_size"] = None
         begin = self.__dict__.get("_begin_index")
         if begin is not None:
             self._step_index = begin
@@ -366,11 +409,11 @@ class DropIn:
             at = self._fastdiff.number(call.timestep)
             if isinstance(call.timestep, Tensor):
                 at = torch.tensor(at, dtype=call.timestep.dtype)
-            output = torch.zeros(1, 1 + call.learned, 1, 1, dtype=call.model_output.dtype)
+            output = torch.zeros(1, 1 + bool(call.learned), 1, 1, dtype=call.model_output.dtype)
             asked = call._replace(
                 generator=torch.Generator(), given=dict.fromkeys(call.given, tiny)
             )
             theirs = asked.theirs(self._fd_names, False)
-            outputs = self._fd_peer.step(twin, output, at, tiny, **theirs)
+            outputs = self._fd_peer.step(twin, output, timestep=at, sample=tiny, **theirs)
             found = plan.answers[key] = Answer(tuple(t.dtype for t in outputs), spans)
         return found

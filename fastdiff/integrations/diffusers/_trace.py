@@ -152,6 +152,8 @@ class _Recorder(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         named = dict(kwargs or {})
+        if func is torch.nn.functional.interpolate:
+            raise NotAffine("it changes the size of the sample")
         if func is torch.randn:
             return self.draw(named.get("dtype") == torch.float32)
         if args and self.vectors.carries(args[0]):
@@ -211,6 +213,8 @@ def trace(
         NotAffine: it can not be a row of a table.
         Exception: whatever `step` itself raises on such arguments.
     """
+    if getattr(scheduler, "solver_p", None) is not None:
+        raise NotAffine("it steps another scheduler, which keeps a state of its own")
     twin = _in_float64(scheduler)
     held: dict[str, tuple[str, int | None]] = {}
     for name in state:
@@ -236,7 +240,14 @@ def trace(
     if learned:
         output = torch.cat([output, vectors.of(VARIANCE)], dim=1)
     with torch.no_grad(), recorder:
-        result = step(twin, output, timestep, vectors.of(SAMPLE), return_dict=False, **options)
+        result = step(
+            twin,
+            output,
+            timestep=timestep,
+            sample=vectors.of(SAMPLE),
+            return_dict=False,
+            **options,
+        )
 
     def kept(value: Any, what: str) -> Any:
         if value is timestep:
