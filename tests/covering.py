@@ -60,7 +60,7 @@ def covering(
         a, i, b, j = next(iter(open_pairs))
         tries = [completed({a: i, b: j}, turn) for turn in range(_TRIES)]
         # the simplest row that has the pair, for pairs that go with few others
-        tries.append({n: 0 for n in names} | {a: i, b: j})
+        tries.append(dict.fromkeys(names, 0) | {a: i, b: j})
         tries.sort(key=gain, reverse=True)
         row = next((r for r in tries if valid(shown(r))), None)
         if row is None:

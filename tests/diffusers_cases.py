@@ -108,7 +108,7 @@ _DDPM = {
 _K = {
     "steps": STEPS,
     # some constructors set the longest grid, in a second if it has 1000 steps
-    "train": [{"num_train_timesteps": 100, "beta_end": 0.1}],
+    "train": [{"num_train_timesteps": 60, "beta_end": 0.15}],
     "betas": BETAS,
     "prediction": EPSILON_V_SAMPLE,
     "spacing": SPACING,
@@ -207,7 +207,7 @@ FACTORS: dict[str, dict[str, list[Level]]] = {
     "EDMEulerScheduler": {**_EDM, "churn": CHURN},
     "HeunDiscreteScheduler": {
         **_K,
-        "steps": [*STEPS, {"set:timesteps": [99, 75, 30, 8], "set:num_inference_steps": None}],
+        "steps": [*STEPS, {"set:timesteps": [59, 40, 30, 8], "set:num_inference_steps": None}],
         "clip": [{}, {"clip_sample": True}, {"clip_sample": True, "clip_sample_range": 2.0}],
     },
     "KDPM2DiscreteScheduler": {**_K, "prediction": EPSILON_V},
@@ -394,4 +394,3 @@ def cases(name: str) -> tuple[list[Row], list[Row]]:
         return True
 
     return covering(FACTORS[name], valid)
-

@@ -61,8 +61,9 @@ class Sampler:
         self.of, self.noise = of, noise
 
     def __call__(self, *span: Any) -> Tensor:
+        before = len(self.noise)
         value: Tensor = self.of(*span)
-        self.noise.append(value)
+        self.noise[before:] = [value]  # in place of what the tree itself drew
         return value
 
 
@@ -109,8 +110,7 @@ def model_outputs(row: dict[str, Any], n: int, dtype: torch.dtype, shape=SHAPE) 
     learned = config.get("variance_type") in LEARNED
     channels = shape[1] * (1 + learned)
     made = [
-        torch.randn(shape[0], channels, *shape[2:], generator=generator).to(dtype)
-        for _ in range(n)
+        torch.randn(shape[0], channels, *shape[2:], generator=generator).to(dtype) for _ in range(n)
     ]
     if config.get("variance_type") == "learned":  # the variance itself, not its logarithm
         for output in made:
@@ -135,6 +135,7 @@ def walk(scheduler: Any, row: dict[str, Any], sample: Tensor, outputs: list[Tens
     path = Path()
     _, _, options = split(row)
     generator = torch.Generator().manual_seed(1)
+    torch.manual_seed(1)  # some take a seed from the global generator
     if "generator" in inspect.signature(scheduler.step).parameters:
         options["generator"] = generator
     before = None
@@ -145,9 +146,7 @@ def walk(scheduler: Any, row: dict[str, Any], sample: Tensor, outputs: list[Tens
             if hasattr(scheduler, "scale_model_input"):
                 scheduler.scale_model_input(sample, t)
             more = arguments(scheduler, i, t, before)
-            before = scheduler.step(
-                outputs[i], sample=sample, **more, **options, return_dict=False
-            )
+            before = scheduler.step(outputs[i], sample=sample, **more, **options, return_dict=False)
             before = tuple(before)
             path.outputs.append(before)
             sample = before[0]

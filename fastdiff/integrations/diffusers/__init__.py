@@ -133,8 +133,8 @@ def drop_in(peer: Any, state: tuple[str, ...]) -> type:
         named.update(zip(order, args, strict=False))
         if None in (named["old_pred_original_sample"], named["timestep_back"]):
             named["return_dict"] = False  # the first step gives a tuple whatever was asked for
-        first = (named.pop(name) for name in _FIRST)
-        return run(self, *first, (), named)
+        output, timestep, sample = (named.pop(name) for name in _FIRST)
+        return run(self, output, timestep, sample, (), named)
 
     order = tuple(parameters)[1:]
     more: dict[str, Any] = {}

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastdiff.integrations.diffusers._answers import Answer, ask, split
 from fastdiff.integrations.diffusers._moves import ANCHOR, FOREIGN, Move
 from fastdiff.integrations.diffusers._noise import CounterPath, brownian_tree, drawn, seeds_of
 from fastdiff.integrations.diffusers._outputs import Later, LaterTuple, later_output
 from fastdiff.integrations.diffusers._plan import OWN, Plan, Runtime, find, signature, tensors_of
-from fastdiff.integrations.diffusers._trace import NOISE, Trace, is_state, trace
+from fastdiff.integrations.diffusers._trace import NOISE, Trace, trace
 from fastdiff.ops._layout import memory_format
 from fastdiff.ops.dynamic_threshold import dynamic_threshold
 from fastdiff.ops.reverse_step import reverse_step
@@ -36,13 +36,6 @@ class Call(NamedTuple):
         """The keyword arguments of diffusers' own step."""
         more = {"generator": self.generator} if "generator" in names else {}
         return {**self.options, **self.given, **more, "return_dict": return_dict}
-
-
-class Answer(NamedTuple):
-    """What diffusers' own step does beyond the affine map, found by asking it."""
-
-    dtypes: tuple[torch.dtype, ...]  # of what it returns
-    spans: list[tuple[Tensor, Tensor]]  # what it asks of its noise sampler
 
 
 class DropIn:
@@ -79,9 +72,7 @@ class DropIn:
         if not isinstance(sample, Tensor) or (
             torch.is_grad_enabled() and (sample.requires_grad or model_output.requires_grad)
         ):
-            return self._fd_peer.step(
-                self, model_output, timestep=timestep, sample=sample, **named
-            )
+            return self._fd_peer.step(self, model_output, timestep=timestep, sample=sample, **named)
         return_dict = named.pop("return_dict", self._fd_return_dict)
         generator = named.pop("generator", None)
         values, runtime = self.__dict__, self._fastdiff
@@ -95,10 +86,7 @@ class DropIn:
         if move is None:
             move = self._find(plan, call, seen)
         if type(move) is str:
-            theirs = call.theirs(self._fd_names, return_dict)
-            return self._fd_peer.step(
-                self, model_output, timestep=timestep, sample=sample, **theirs
-            )
+            return self._theirs(plan, call, model_output, return_dict)
         assert isinstance(move, Move)
         answer = None
         if not (sample.dtype == torch.float32 == model_output.dtype) or move.spanned:
@@ -128,7 +116,7 @@ class DropIn:
             place = place, runtime.number(timestep)
         learned: bool | None = False
         if model_output.shape != sample.shape:
-            model_output, learned = self._split(model_output, sample)
+            model_output, learned = split(self, model_output, sample)
         kind = timestep.dtype if isinstance(timestep, Tensor) else type(timestep)
         given: dict[str, Tensor] = {}
         if not named:
@@ -144,19 +132,6 @@ class DropIn:
                         named[name] = runtime.number(value)
             key = (place, kind, learned, *given, *named.items())
         return Call(model_output, timestep, sample, generator, named, given, learned, key)
-
-    def _split(self, model_output: Tensor, sample: Tensor) -> tuple[Tensor, bool | None]:
-        """The part of a model output that a step reads, and whether a variance follows it."""
-        shape = sample.shape
-        config = self.config
-        if config.get("variance_type") in ("learned", "learned_range") and (
-            model_output.shape == (shape[0], 2 * shape[1], *shape[2:])
-        ):
-            if self._fd_learned:
-                return model_output, True
-            if config.prediction_type == "epsilon" and shape[1] == 3:
-                return model_output[:, :3], False  # the solvers without noise drop it
-        return model_output, None
 
     def _find(self, plan: Plan, call: Call, seen: tuple[Any, ...]) -> Move | str:
         """The move of a call that has not been met before, or why it has none."""
@@ -325,12 +300,13 @@ class DropIn:
     ) -> None:
         """Add the noise that comes as tensors."""
         like = call.model_output if variance is None else variance
-        for k, in_float32 in enumerate(move.draws):
+        for k in range(move.draws):
             if move.spanned:
                 assert answer is not None
                 noise = self._sampler(call)(*answer.spans[k]).to(like.device)
             else:
-                noise = drawn(like, call.generator, torch.float32 if in_float32 else like.dtype)
+                dtype = torch.float32 if answer is None else answer.noise[k]
+                noise = drawn(like, call.generator, dtype)
             if move.scaled is not None and variance is not None:
                 scale, shift = move.scaled
                 noise = noise * torch.exp(scale * variance.float() + shift)
@@ -358,14 +334,26 @@ class DropIn:
     def __copy__(self) -> Any:
         """A shallow copy with buffers of its own."""
         twin = self.__class__.__new__(self.__class__)
-        twin.__dict__.update(self.__dict__)
-        runtime = self._fastdiff
+        twin.__dict__.update(self.__dict__, _fastdiff=Runtime())
         for name in self._fd_state:
             value = self.__dict__.get(name)
-            if is_state(value) and runtime.place(value) != FOREIGN:
+            if isinstance(value, Tensor) and self._fastdiff.place(value) != FOREIGN:
                 twin.__dict__[name] = value.clone()
-        twin.__dict__["_fastdiff"] = Runtime()
         return twin
+
+    def _theirs(self, plan: Plan, call: Call, model_output: Tensor, return_dict: bool) -> Any:
+        """The step by diffusers' own code."""
+        dtypes = None
+        if call.sample.dtype in _HALVES and tensors_of(self.__dict__, self._fd_state):
+            dtypes = self._ask(plan, call).dtypes  # what is kept here is in float32
+        named = call.theirs(self._fd_names, return_dict and dtypes is None)
+        outputs = self._fd_peer.step(
+            self, model_output, timestep=call.timestep, sample=call.sample, **named
+        )
+        if dtypes is None:
+            return outputs
+        outputs = tuple(t.to(dtype) for t, dtype in zip(outputs, dtypes, strict=True))
+        return self._fd_output(*outputs) if return_dict else outputs
 
     def _refresh(self) -> Plan:
         return self._fastdiff.refresh(self, self._fd_peer, self._fd_state)
@@ -391,29 +379,5 @@ class DropIn:
         key = (call.key, call.sample.dtype, call.model_output.dtype)
         found = plan.answers.get(key)
         if found is None:
-            tiny = torch.zeros(1, 1, 1, 1, dtype=call.sample.dtype)
-            twin, spans = copy.copy(self), []
-            for name in self._fd_state:
-                value = self.__dict__.get(name)
-                if type(value) is list:
-                    twin.__dict__[name] = [tiny.clone() if is_state(v) else v for v in value]
-                elif is_state(value):
-                    twin.__dict__[name] = tiny.clone()
-
-            def sampler(a: Tensor, b: Tensor) -> Tensor:
-                spans.append((a, b))
-                return tiny
-
-            if "noise_sampler" in self.__dict__:
-                twin.__dict__["noise_sampler"] = sampler
-            at = self._fastdiff.number(call.timestep)
-            if isinstance(call.timestep, Tensor):
-                at = torch.tensor(at, dtype=call.timestep.dtype)
-            output = torch.zeros(1, 1 + bool(call.learned), 1, 1, dtype=call.model_output.dtype)
-            asked = call._replace(
-                generator=torch.Generator(), given=dict.fromkeys(call.given, tiny)
-            )
-            theirs = asked.theirs(self._fd_names, False)
-            outputs = self._fd_peer.step(twin, output, timestep=at, sample=tiny, **theirs)
-            found = plan.answers[key] = Answer(tuple(t.dtype for t in outputs), spans)
+            found = plan.answers[key] = ask(self, call)
         return found
