@@ -20,7 +20,11 @@ def ulp(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def assert_within_budget(
-    got: torch.Tensor, reference_same_dtype: torch.Tensor, exact_float64: torch.Tensor, ulps: float
+    got: torch.Tensor,
+    reference_same_dtype: torch.Tensor,
+    exact_float64: torch.Tensor,
+    ulps: float,
+    at: torch.Tensor | None = None,
 ) -> None:
     """``|got - exact| <= 2 max |reference - exact| + ulps * ulp(exact)`` in every element.
 
@@ -30,6 +34,8 @@ def assert_within_budget(
         exact_float64: the same computation in float64 on the same (rounded) inputs.
         ulps: allowance in units in the last place of the dtype of ``got``, elementwise. Say next
             to the call where it comes from.
+        at: the units are those of this magnitude, where terms larger than the result were added or
+            clipped; default ``exact_float64``.
 
     Where the reference is not finite (an overflow of a 16-bit type, a NaN put in) the kernel must
     give the same non-finite value.
@@ -56,7 +62,8 @@ def assert_within_budget(
     zero = torch.zeros(())
     reference_error = torch.where(finite, (r - e).abs(), zero).max()
     # a NaN in `got` must not compare as within the budget, hence "not <="
-    budget = 2 * reference_error + ulps * ulp(torch.where(finite, e, zero), got.dtype)
+    scale = e if at is None else at.detach().cpu().double()
+    budget = 2 * reference_error + ulps * ulp(torch.where(finite, scale, zero), got.dtype)
     over = finite & ~((g - e).abs() <= budget)
     if bool(over.any()):
         error = torch.where(finite, (g - e).abs(), zero)

@@ -23,6 +23,7 @@ _STATE: dict[str, tuple[str, ...]] = {
     "DDIMParallelScheduler": (),
     "DDIMInverseScheduler": (),
     "CogVideoXDDIMScheduler": (),
+    "CogVideoXDPMScheduler": (),
     "PNDMScheduler": ("counter", "ets", "cur_sample", "cur_model_output"),
     "LMSDiscreteScheduler": ("_step_index", "derivatives"),
     "IPNDMScheduler": ("_step_index", "ets"),
@@ -58,12 +59,34 @@ _STATE: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 # whose step reads the timestep besides its index
 _BY_VALUE = frozenset(
-    ("LCMScheduler", "TCDScheduler", "SCMScheduler", "FlowMapEulerDiscreteScheduler")
-)
+    ("LCMScheduler", "TCDScheduler", "SCMScheduler", "FlowMapEulerDiscreteScheduler",
+     "MiniMaxH3Scheduler")
+)  # fmt: skip
 # lists that grow without end, and the entries that a step reads
 _TRIMS = {"IPNDMScheduler": (("ets", 3),)}
 # whose model output may carry a variance
 _LEARNED = frozenset(("DDPMScheduler", "DDPMParallelScheduler", "UnCLIPScheduler"))
+
+_TOKENS = "its state is made of tokens, not of numbers"
+LEFT_OUT = {
+    "AmusedScheduler": _TOKENS,
+    "BlockRefinementScheduler": _TOKENS,
+    "DiscreteDDIMScheduler": _TOKENS,
+    "EntropyBoundScheduler": _TOKENS,
+    "VQDiffusionScheduler": _TOKENS,
+    "ConsistencyDecoderScheduler": "part of ConsistencyDecoderVAE, which makes it itself",
+    "DDPMWuerstchenScheduler": "each sample has a timestep of its own",
+    "HeliosScheduler": "its grid changes from stage to stage of a run",
+    "HeliosDMDScheduler": "its tables are arguments of step",
+    "KarrasVeScheduler": "deprecated; step takes a sample that another method has made",
+    "PiflowScheduler": "a step integrates a policy, which is not affine in the model output",
+    "RePaintScheduler": "a step is weighted by a mask, element by element",
+    "RFD4ProteinaScheduler": "a step is weighted by a mask, and centres coordinates",
+    "ScoreSdeVeScheduler": "it has no step; the corrector hangs on norms of the model output",
+    "ScoreSdeVpScheduler": "deprecated; it has no step",
+}
+"""diffusers' schedulers that have no drop-in, and why."""
+_FIRST = ("model_output", "timestep", "sample")
 
 
 def _output_class(peer: Any) -> type:
@@ -105,6 +128,15 @@ def drop_in(peer: Any, state: tuple[str, ...]) -> type:
     ) -> Any:
         return run(self, model_output, timestep, sample, rest, named)
 
+    @functools.wraps(peer.step)
+    def step_in_their_order(self: Any, *args: Any, **named: Any) -> Any:
+        named.update(zip(order, args, strict=False))
+        if None in (named["old_pred_original_sample"], named["timestep_back"]):
+            named["return_dict"] = False  # the first step gives a tuple whatever was asked for
+        output, timestep, sample = (named.pop(name) for name in _FIRST)
+        return run(self, output, timestep, sample, (), named)
+
+    order = tuple(parameters)[1:]
     more: dict[str, Any] = {}
     lookup = getattr(peer, "index_for_timestep", None)
     if lookup is None or "schedule_timesteps" not in inspect.signature(lookup).parameters:
@@ -121,10 +153,10 @@ def drop_in(peer: Any, state: tuple[str, ...]) -> type:
             "__init__": __init__,
             "__module__": __name__,
             "__doc__": peer.__doc__,
-            "step": step,
+            "step": step if order[: len(_FIRST)] == _FIRST else step_in_their_order,
             "_fd_peer": peer,
             "_fd_state": state,
-            "_fd_names": tuple(parameters)[4:],
+            "_fd_names": tuple(name for name in order if name not in _FIRST),
             "_fd_return_dict": parameters["return_dict"].default,
             "_fd_output": base,
             "_fd_outputs": tuple(field.name for field in dataclasses.fields(base)),

@@ -66,7 +66,7 @@ class Move:
         buffered: the rows use the anchor buffer.
         push: slot that row 0 writes, or -1.
         depth: slots that the history must have.
-        draws: of each noise tensor to be drawn: whether in float32 always.
+        draws: how many noise tensors are to be drawn.
         clip: bound of the prediction, or None.
         limited: slot of the prediction that is limited by a quantile, or -1.
         lazy: of each further output: whether it may be computed after the step.
@@ -87,7 +87,7 @@ class Move:
     buffered: bool
     push: int
     depth: int
-    draws: tuple[bool, ...]
+    draws: int
     clip: float | None
     limited: int
     lazy: tuple[bool, ...]
@@ -179,10 +179,9 @@ class _Binding:
         self.limited = -1
         if self.quantile:
             self.limited = self.places[LIMITED] = self._free()
-        drawn = NOISE[: len(self.trace.draws)] if self.counter is None else ()
-        # noise in the model's dtype stands where the unconditional output would: nothing is guided
-        plain = [n for n, wide in zip(drawn, self.trace.draws, strict=False) if not wide]
-        self.raw = plain[0] if plain and self.trace.log_variance is None else None
+        drawn = NOISE[: self.trace.draws] if self.counter is None else ()
+        # the first noise stands where the unconditional output would: nothing is guided
+        self.raw = drawn[0] if drawn and self.trace.log_variance is None else None
         foreign = [n for n in self.read if places.get(n) == FOREIGN] + [
             n for n in drawn if n in self.read and n != self.raw
         ]
@@ -281,7 +280,7 @@ def bind(trace: Trace, places: dict[str, int], counter: int | None) -> Move:
         for name, weight in b.written.items():
             floats[0, B + b.term(name)] += weight
     if b.counter is not None:
-        for k in range(len(trace.draws)):
+        for k in range(trace.draws):
             # draws of one step: neighbouring counters
             ints[:, STREAM1 + 2 * k] = Stream.STEP
             ints[:, COUNTER1 + 2 * k] = len(NOISE) * b.counter + k
@@ -295,7 +294,7 @@ def bind(trace: Trace, places: dict[str, int], counter: int | None) -> Move:
     plain = {SAMPLE, OUTPUT} if b.quantile else {SAMPLE, OUTPUT, LIMITED}
     used = [b.push, b.limited, *(p for p in b.places.values() if p < HISTORY_SLOTS)]
     buffered = b.anchor is None and (b.written is not None or ANCHOR in b.places.values())
-    drawn = tuple(trace.draws) if b.counter is None else ()
+    drawn = trace.draws if b.counter is None else 0
     return Move(
         rows=rows,
         evicted=tuple(b.evicted),
@@ -311,7 +310,7 @@ def bind(trace: Trace, places: dict[str, int], counter: int | None) -> Move:
         lazy=tuple(not set(f) - plain for f in trace.outputs[1:]),
         kept=tuple((name, _kept(value, b)) for name, value in trace.kept.items()),
         scaled=trace.log_variance if b.counter is None else None,
-        seeded=b.counter is not None and bool(trace.draws),
+        seeded=b.counter is not None and trace.draws > 0,
         drawn_at=b.drawn_at,
         spanned=b.spanned,
         plain=not (buffered or b.evicted or b.anchor or b.copies or max(used) >= 0 or trace.draws)

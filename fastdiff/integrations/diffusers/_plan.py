@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -44,25 +45,33 @@ _lock = threading.Lock()
 
 
 def _content(value: Any) -> Any:
+    """A value as part of a key: what it holds, in full; a repr rounds and leaves out."""
     if isinstance(value, Tensor):
-        return value.dtype, tuple(value.shape), value.detach().cpu().numpy().tobytes()
+        flat = value.detach().cpu().reshape(-1)
+        return value.dtype, tuple(value.shape), flat.view(torch.uint8).numpy().tobytes()
     if isinstance(value, np.ndarray):
-        return value.tobytes()
+        return value.dtype.str, value.shape, value.tobytes()
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_content, value))
+    if inspect.isfunction(value) and not value.__closure__:
+        if value.__module__.startswith("diffusers."):  # a default, made anew in each constructor
+            return value.__module__, value.__qualname__, value.__code__
+        return value
     if callable(value):
-        return id(value)
+        return value  # kept alive, so that no other takes its id
     return repr(value)
 
 
 def plan_of(scheduler: Any, peer: type, state: Sequence[str]) -> Plan:
     """The plan for all that a scheduler's steps depend on besides their state."""
     config = scheduler.config
-    parts: list[Any] = [peer, repr(sorted(config.items(), key=lambda item: item[0]))]
-    for name, value in sorted(vars(scheduler).items()):
-        # an object made in the constructor because the config gave none is the config's
-        made = callable(value) and config.get(name, value) is None
-        if name in state or name in _OWN or made:
-            continue
-        parts.append((name, _content(value)))
+    parts: list[Any] = [peer]
+    parts.extend((name, _content(value)) for name, value in sorted(config.items()))
+    parts.extend(
+        (name, _content(value))
+        for name, value in sorted(vars(scheduler).items())
+        if name not in state and name not in OWN
+    )
     key = tuple(parts)
     with _lock:
         plan = _plans.setdefault(key, Plan())
@@ -73,9 +82,9 @@ def plan_of(scheduler: Any, peer: type, state: Sequence[str]) -> Plan:
 
 
 # attributes that change from step to step without being the state of the map
-_OWN = frozenset(
+OWN = frozenset(
     ("_fastdiff", "_internal_dict", "_begin_index", "is_scale_input_called", "timestep_list",
-     "noise_sampler")
+     "noise_sampler", "_init_size")
 )  # fmt: skip
 
 
@@ -117,8 +126,8 @@ class Runtime:
             values["_internal_dict"] is token[0]
             and values.get("timesteps") is token[1]
             and sigmas is token[2]
-            and (token[3] < 0 or sigmas._version == token[3])
-            and values.get("num_inference_steps") == token[4]
+            and values.get("num_inference_steps") == token[3]
+            and all(t._version == v for t, v in token[4])
         )
 
     def refresh(self, scheduler: Any, peer: type, state: Sequence[str]) -> Plan:
@@ -129,8 +138,12 @@ class Runtime:
             values["_internal_dict"],
             timesteps,
             sigmas,
-            version(sigmas) if isinstance(sigmas, Tensor) else -1,
             values.get("num_inference_steps"),
+            tuple(
+                (t, version(t))
+                for t in (timesteps, sigmas, values.get("alphas_cumprod"))
+                if isinstance(t, Tensor) and not t.is_inference()
+            ),
         )
         if isinstance(timesteps, Tensor):
             self.host_timesteps = timesteps.detach().cpu()
@@ -153,7 +166,7 @@ class Runtime:
         at = timestep.data_ptr() - self.start
         if 0 <= at < self.bytes and timestep.dim() == 0 and timestep.dtype == self.token[1].dtype:
             return self.host[at // self.step]
-        return timestep.item()
+        return timestep.item() if timestep.numel() == 1 else tuple(timestep.flatten().tolist())
 
     # --- the tensors ------------------------------------------------------------------------
 
@@ -200,7 +213,7 @@ def signature(values: dict[str, Any], state: Sequence[str], runtime: Runtime) ->
 
     def part(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return _PLACES[runtime.place(value)] if value.dim() else "number"
+            return _PLACES[runtime.place(value)] if value.dim() else value.item()
         return value
 
     return tuple(

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastdiff.integrations.diffusers._moves import Move
 from fastdiff.integrations.diffusers._noise import drawn
@@ -46,7 +45,7 @@ class Quick:
         )  # fmt: skip
         self.clip, self.buffered, self.seeded = move.clip, move.buffered, move.seeded
         self.ringed = move.rows.needs[0].history > 0
-        self.noise, self.raw = bool(move.draws), move.raw is not None
+        self.noise, self.raw = move.draws > 0, move.raw is not None
         self.anchor: tuple[str, int | None] | None = None
         if move.anchor is not None and move.anchor not in NOISE:
             self.anchor = _path(move.anchor)
@@ -77,20 +76,14 @@ def fits(move: Move) -> bool:
         and move.drawn_at is None
         and all(move.lazy)
         and move.rows.needs[0].variance is False
-        and (not move.draws or (len(move.draws) == 1 and NOISE[0] in (move.anchor, move.raw)))
+        and (not move.draws or (move.draws == 1 and NOISE[0] in (move.anchor, move.raw)))
     )
 
 
-def run(
-    scheduler: Any,
-    move: Move,
-    model_output: Tensor,
-    timestep: Any,
-    sample: Tensor,
-    generator: Any,
-) -> Any:
+def run(scheduler: Any, move: Move, call: Any) -> Any:
     """The outputs of a step, with the state left as diffusers would; None: nothing was done."""
     quick: Quick = move.quick
+    sample, model_output, generator = call.sample, call.model_output, call.generator
     values = scheduler.__dict__
     runtime = values["_fastdiff"]
     anchor = raw = seeds = None
@@ -155,7 +148,7 @@ def run(
             if kind == "sample":
                 return sample
             if kind == "timestep":
-                return timestep
+                return call.timestep
             return new if kind == "result" else anchor
 
         now = [value(kind, what) for _, kind, what in quick.kept]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -10,11 +9,12 @@ from torch import Tensor
 
 from fastdiff.backends import forced
 from fastdiff.integrations.diffusers import _quick
-from fastdiff.integrations.diffusers._moves import ANCHOR, Move
+from fastdiff.integrations.diffusers._answers import Answer, ask, split
+from fastdiff.integrations.diffusers._moves import ANCHOR, FOREIGN, Move
 from fastdiff.integrations.diffusers._noise import CounterPath, brownian_tree, drawn, seeds_of
 from fastdiff.integrations.diffusers._outputs import Later, LaterTuple, later_output
-from fastdiff.integrations.diffusers._plan import Plan, Runtime, find, signature, tensors_of
-from fastdiff.integrations.diffusers._trace import NOISE, Trace, is_state, trace
+from fastdiff.integrations.diffusers._plan import OWN, Plan, Runtime, find, signature, tensors_of
+from fastdiff.integrations.diffusers._trace import NOISE, Trace, trace
 from fastdiff.ops._layout import memory_format
 from fastdiff.ops.dynamic_threshold import dynamic_threshold
 from fastdiff.ops.noise import Stream, randn
@@ -32,24 +32,13 @@ class Call(NamedTuple):
     generator: Any
     options: dict[str, Any]  # numbers
     given: dict[str, Tensor]  # tensors like the sample
+    learned: bool | None  # the model output carries a variance; None: its shape is another's
     key: tuple[Any, ...]
-
-    @property
-    def learned(self) -> bool:
-        """Whether the model output carries a variance."""
-        return bool(self.key[2])
 
     def theirs(self, names: tuple[str, ...], return_dict: bool) -> dict[str, Any]:
         """The keyword arguments of diffusers' own step."""
         more = {"generator": self.generator} if "generator" in names else {}
         return {**self.options, **self.given, **more, "return_dict": return_dict}
-
-
-class Answer(NamedTuple):
-    """What diffusers' own step does beyond the affine map, found by asking it."""
-
-    dtypes: tuple[torch.dtype, ...]  # of what it returns
-    spans: list[tuple[Tensor, Tensor]]  # what it asks of its noise sampler
 
 
 class DropIn:
@@ -87,7 +76,7 @@ class DropIn:
         if not isinstance(sample, Tensor) or (
             graded and (sample.requires_grad or model_output.requires_grad)
         ):
-            return self._fd_peer.step(self, model_output, timestep, sample, **named)
+            return self._fd_peer.step(self, model_output, timestep=timestep, sample=sample, **named)
         return_dict = named.pop("return_dict", self._fd_return_dict)
         generator = named.pop("generator", None)
         values = self.__dict__
@@ -96,27 +85,25 @@ class DropIn:
         assert plan is not None
         for name, length in self._fd_trims:
             del values[name][:-length]
-        key, given = self._key(model_output, timestep, sample, named)
+        call = self._call(model_output, timestep, sample, generator, named)
         seen = signature(values, self._fd_state, runtime)
-        move = plan.moves.get((key, seen))
+        move = plan.moves.get((call.key, seen))
         if (
             move.__class__ is Move
             and move.quick is not None
             and model_output.dtype == torch.float32
             and forced() in ("auto", "cpu")
         ):
-            new = _quick.run(self, move, model_output, timestep, sample, generator)
+            new = _quick.run(self, move, call)
             if new is not None:
-                later = self._later(move, model_output, sample) if move.lazy else ()
+                later = self._later(move, call.model_output, sample) if move.lazy else ()
                 if return_dict:
                     return later_output(self._fd_output, (new, *later))
                 return LaterTuple((new, *later)) if later else (new,)
-        call = Call(model_output, timestep, sample, generator, named, given, key)
         if move is None:
             move = self._find(plan, call, seen)
         if type(move) is str:
-            theirs = call.theirs(self._fd_names, return_dict)
-            return self._fd_peer.step(self, model_output, timestep, sample, **theirs)
+            return self._theirs(plan, call, model_output, return_dict)
         assert isinstance(move, Move)
         answer = None
         if not (sample.dtype == torch.float32 == model_output.dtype) or move.spanned:
@@ -126,13 +113,15 @@ class DropIn:
             return later_output(self._fd_output, outputs)
         return outputs if len(outputs) == 1 else LaterTuple(outputs)
 
-    def _key(
-        self, model_output: Tensor, timestep: Any, sample: Tensor, named: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
-        """What the coefficients depend on besides the state, and the tensors among the options.
-
-        These are taken out of ``named``, and numbers in tensors become plain numbers.
-        """
+    def _call(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        generator: Any,
+        named: dict[str, Any],
+    ) -> Call:
+        """The arguments sorted by kind, and the key of their numbers."""
         runtime = self._fastdiff
         place = self.__dict__.get("_step_index", runtime)
         if place is None:
@@ -142,21 +131,29 @@ class DropIn:
             place = runtime.number(timestep)
         elif self._fd_by_value:
             place = place, runtime.number(timestep)
+        learned: bool | None = False
+        if model_output.shape != sample.shape:
+            model_output, learned = split(self, model_output, sample)
         kind = timestep.dtype if isinstance(timestep, Tensor) else type(timestep)
-        learned = self._fd_learned and model_output.shape != sample.shape
         given: dict[str, Tensor] = {}
         if not named:
-            return (place, kind, learned), given
-        for name, value in list(named.items()):
-            if isinstance(value, Tensor):
-                if value.dim():
-                    given[name] = named.pop(name)
-                else:
-                    named[name] = runtime.number(value)
-        return (place, kind, learned, *given, *named.items()), given
+            key: tuple[Any, ...] = (place, kind, learned)
+        else:
+            for name, value in list(named.items()):
+                if isinstance(value, Tensor):
+                    if value.dim():
+                        given[name] = named.pop(name)
+                        if value.shape != sample.shape or value.dtype != sample.dtype:
+                            learned = None
+                    else:
+                        named[name] = runtime.number(value)
+            key = (place, kind, learned, *given, *named.items())
+        return Call(model_output, timestep, sample, generator, named, given, learned, key)
 
     def _find(self, plan: Plan, call: Call, seen: tuple[Any, ...]) -> Move | str:
         """The move of a call that has not been met before, or why it has none."""
+        if call.learned is None:
+            return "its tensors have not the shape and dtype of the sample"
         runtime = self._fastdiff
         number = runtime.number(call.timestep)
 
@@ -165,9 +162,8 @@ class DropIn:
             if isinstance(call.timestep, Tensor):
                 at = torch.tensor(number, dtype=call.timestep.dtype)
             options = {**call.options, **call.given}
-            return trace(
-                self, self._fd_peer.step, self._fd_state, at, options, learned=call.learned
-            )
+            learned = bool(call.learned)
+            return trace(self, self._fd_peer.step, self._fd_state, at, options, learned=learned)
 
         counter = None
         if self.config.noise == "counter":
@@ -212,9 +208,14 @@ class DropIn:
             if move.anchor is not None:
                 anchor = tensors[move.anchor].to(x.dtype)
                 anchor = anchor.contiguous(memory_format=runtime.like[3])
+                if anchor.data_ptr() == x.data_ptr():  # the caller's sample of an earlier step
+                    anchor = anchor.clone()
             if move.limited >= 0:
                 self._limit(move, x, model_output, runtime.views[move.limited])
         raw = None if move.raw is None else tensors[move.raw]
+        if raw is not None and raw.dtype != model_output.dtype:  # noise in float32 for a half model
+            wide = torch.promote_types(raw.dtype, model_output.dtype)
+            raw, model_output = raw.to(wide), model_output.to(wide)
         state: dict[str, Any] = {
             "uncond": raw, "variance": variance, "history": history, "seeds": seeds
         }  # fmt: skip
@@ -331,7 +332,7 @@ class DropIn:
     ) -> None:
         """Add the noise that comes as tensors."""
         like = call.model_output if variance is None else variance
-        for k, in_float32 in enumerate(move.draws):
+        for k in range(move.draws):
             if move.spanned:
                 assert answer is not None
                 noise = self._sampler(call)(*answer.spans[k]).to(like.device)
@@ -341,7 +342,8 @@ class DropIn:
                     step=len(NOISE) * move.drawn_at + k, stream=Stream.STEP, device=like.device,
                 )  # fmt: skip
             else:
-                noise = drawn(like, call.generator, torch.float32 if in_float32 else like.dtype)
+                dtype = torch.float32 if answer is None else answer.noise[k]
+                noise = drawn(like, call.generator, dtype)
             if move.scaled is not None and variance is not None:
                 scale, shift = move.scaled
                 noise = noise * torch.exp(scale * variance.float() + shift)
@@ -359,11 +361,44 @@ class DropIn:
 
     # --- diffusers' own class -----------------------------------------------------------------
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Whatever is set besides the state may change the coefficients: a plan is then looked up
+        anew."""
+        super().__setattr__(name, value)
+        if name not in OWN and name not in self._fd_state and "_fastdiff" in self.__dict__:
+            self._fastdiff.plan = None
+
+    def __copy__(self) -> Any:
+        """A shallow copy with buffers of its own."""
+        twin = self.__class__.__new__(self.__class__)
+        twin.__dict__.update(self.__dict__, _fastdiff=Runtime())
+        for name in self._fd_state:
+            value = self.__dict__.get(name)
+            if isinstance(value, Tensor) and self._fastdiff.place(value) != FOREIGN:
+                twin.__dict__[name] = value.clone()
+        return twin
+
+    def _theirs(self, plan: Plan, call: Call, model_output: Tensor, return_dict: bool) -> Any:
+        """The step by diffusers' own code."""
+        dtypes = None
+        if call.sample.dtype in _HALVES and tensors_of(self.__dict__, self._fd_state):
+            dtypes = self._ask(plan, call).dtypes  # what is kept here is in float32
+        named = call.theirs(self._fd_names, return_dict and dtypes is None)
+        outputs = self._fd_peer.step(
+            self, model_output, timestep=call.timestep, sample=call.sample, **named
+        )
+        if dtypes is None:
+            return outputs
+        outputs = tuple(t.to(dtype) for t, dtype in zip(outputs, dtypes, strict=True))
+        return self._fd_output(*outputs) if return_dict else outputs
+
     def _refresh(self) -> Plan:
         return self._fastdiff.refresh(self, self._fd_peer, self._fd_state)
 
     def _init_step_index(self, timestep: Any) -> None:
         """As diffusers does it, but on the host: its own asks the device."""
+        if "_init_size" in self.__dict__:  # taken from the first model output of a run
+            self.__dict__["_init_size"] = None
         begin = self.__dict__.get("_begin_index")
         if begin is not None:
             self._step_index = begin
@@ -381,29 +416,5 @@ class DropIn:
         key = (call.key, call.sample.dtype, call.model_output.dtype)
         found = plan.answers.get(key)
         if found is None:
-            tiny = torch.zeros(1, 1, 1, 1, dtype=call.sample.dtype)
-            twin, spans = copy.copy(self), []
-            for name in self._fd_state:
-                value = self.__dict__.get(name)
-                if type(value) is list:
-                    twin.__dict__[name] = [tiny.clone() if is_state(v) else v for v in value]
-                elif is_state(value):
-                    twin.__dict__[name] = tiny.clone()
-
-            def sampler(a: Tensor, b: Tensor) -> Tensor:
-                spans.append((a, b))
-                return tiny
-
-            if "noise_sampler" in self.__dict__:
-                twin.__dict__["noise_sampler"] = sampler
-            at = self._fastdiff.number(call.timestep)
-            if isinstance(call.timestep, Tensor):
-                at = torch.tensor(at, dtype=call.timestep.dtype)
-            output = torch.zeros(1, 1 + call.learned, 1, 1, dtype=call.model_output.dtype)
-            asked = call._replace(
-                generator=torch.Generator(), given=dict.fromkeys(call.given, tiny)
-            )
-            theirs = asked.theirs(self._fd_names, False)
-            outputs = self._fd_peer.step(twin, output, at, tiny, **theirs)
-            found = plan.answers[key] = Answer(tuple(t.dtype for t in outputs), spans)
+            found = plan.answers[key] = ask(self, call)
         return found

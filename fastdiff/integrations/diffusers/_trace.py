@@ -58,7 +58,7 @@ class Trace:
         kept: attribute -> what it holds afterwards: a `Form`, `TIMESTEP`, a number, or a list of
             these.
         limit: of the predicted clean data, if there is one.
-        draws: of each noise that it drew: True where it is in float32 whatever the model's dtype.
+        draws: how often it drew noise.
         spans: (sigma, sigma_next) of each noise that came from a noise sampler, else None.
         log_variance: (scale, shift) of the log of the first noise's learned variance, or None.
     """
@@ -66,7 +66,7 @@ class Trace:
     outputs: list[Form]
     kept: dict[str, Any]
     limit: Limit | None = None
-    draws: list[bool] = field(default_factory=list)
+    draws: int = 0
     spans: list[tuple[float, float] | None] = field(default_factory=list)
     log_variance: tuple[float, float] | None = None
 
@@ -127,16 +127,16 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.vectors = vectors
         self.limit: Limit | None = None
-        self.draws: list[bool] = []
+        self.draws = 0
         self.spans: list[tuple[float, float] | None] = []
         self.log_variance: tuple[float, float] | None = None
 
-    def draw(self, in_float32: bool, span: tuple[float, float] | None = None) -> Tensor:
-        if len(self.draws) == len(NOISE):
+    def draw(self, span: tuple[float, float] | None = None) -> Tensor:
+        if self.draws == len(NOISE):
             raise NotAffine(f"it draws noise more than {len(NOISE)} times")
-        self.draws.append(in_float32)
+        self.draws += 1
         self.spans.append(span)
-        return self.vectors.of(NOISE[len(self.draws) - 1])
+        return self.vectors.of(NOISE[self.draws - 1])
 
     def limited(self, value: Tensor, bound: float | None) -> Tensor:
         if self.limit is not None:
@@ -152,8 +152,10 @@ class _Recorder(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         named = dict(kwargs or {})
+        if func is torch.nn.functional.interpolate:
+            raise NotAffine("it changes the size of the sample")
         if func is torch.randn:
-            return self.draw(named.get("dtype") == torch.float32)
+            return self.draw()
         if args and self.vectors.carries(args[0]):
             if func in (Tensor.to, Tensor.float, Tensor.type):
                 return args[0]  # casts are the kernel's business: all of it is float64 here
@@ -211,6 +213,8 @@ def trace(
         NotAffine: it can not be a row of a table.
         Exception: whatever `step` itself raises on such arguments.
     """
+    if getattr(scheduler, "solver_p", None) is not None:
+        raise NotAffine("it steps another scheduler, which keeps a state of its own")
     twin = _in_float64(scheduler)
     held: dict[str, tuple[str, int | None]] = {}
     for name in state:
@@ -231,12 +235,19 @@ def trace(
     if hasattr(twin, "_threshold_sample"):
         twin.__dict__["_threshold_sample"] = lambda value: recorder.limited(value, None)
     if "noise_sampler" in vars(twin):
-        twin.__dict__["noise_sampler"] = lambda a, b: recorder.draw(True, (float(a), float(b)))
+        twin.__dict__["noise_sampler"] = lambda a, b: recorder.draw((float(a), float(b)))
     output = vectors.of(OUTPUT)
     if learned:
         output = torch.cat([output, vectors.of(VARIANCE)], dim=1)
     with torch.no_grad(), recorder:
-        result = step(twin, output, timestep, vectors.of(SAMPLE), return_dict=False, **options)
+        result = step(
+            twin,
+            output,
+            timestep=timestep,
+            sample=vectors.of(SAMPLE),
+            return_dict=False,
+            **options,
+        )
 
     def kept(value: Any, what: str) -> Any:
         if value is timestep:
