@@ -92,6 +92,8 @@ def run(scheduler: Any, move: Move, call: Any) -> Any:
     elif quick.anchor is not None:
         name, member = quick.anchor
         anchor = values[name] if member is None else values[name][member]
+        if anchor.data_ptr() == sample.data_ptr():  # the caller's sample of an earlier step
+            return None
     if quick.noise:
         if not (
             sample.is_contiguous()
