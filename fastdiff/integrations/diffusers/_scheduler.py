@@ -15,6 +15,7 @@ from fastdiff.integrations.diffusers._plan import OWN, Plan, Runtime, find, sign
 from fastdiff.integrations.diffusers._trace import NOISE, Trace, trace
 from fastdiff.ops._layout import memory_format
 from fastdiff.ops.dynamic_threshold import dynamic_threshold
+from fastdiff.ops.noise import Stream, randn
 from fastdiff.ops.reverse_step import reverse_step
 
 _HALVES = (torch.bfloat16, torch.float16)
@@ -191,6 +192,8 @@ class DropIn:
             if move.anchor is not None:
                 anchor = tensors[move.anchor].to(x.dtype)
                 anchor = anchor.contiguous(memory_format=runtime.like[3])
+                if anchor.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+                    anchor = anchor.clone()  # a caller that hands the same sample in again
             if move.limited >= 0:
                 self._limit(move, x, model_output, runtime.views[move.limited])
         state: dict[str, Any] = {"variance": variance, "history": history, "seeds": seeds}
@@ -304,6 +307,11 @@ class DropIn:
             if move.spanned:
                 assert answer is not None
                 noise = self._sampler(call)(*answer.spans[k]).to(like.device)
+            elif move.counter is not None:
+                seeds, at = self._seeds(call), 2 * move.counter + k
+                noise = randn(
+                    seeds, like.shape[1:], step=at, stream=Stream.STEP, device=like.device
+                )
             else:
                 dtype = torch.float32 if answer is None else answer.noise[k]
                 noise = drawn(like, call.generator, dtype)
@@ -330,6 +338,8 @@ class DropIn:
         super().__setattr__(name, value)
         if name not in OWN and name not in self._fd_state and "_fastdiff" in self.__dict__:
             self._fastdiff.plan = None
+            if name == "timesteps":  # a new run
+                self._fastdiff.seeds = None
 
     def __copy__(self) -> Any:
         """A shallow copy with buffers of its own."""
