@@ -157,7 +157,7 @@ def test_layouts_and_float64(name):
     # float64 is reduced to float32 by the classes that upcast: ours must not be worse
     wide = advance(ours, x.double())
     assert wide.dtype == torch.float64
-    torch.testing.assert_close(wide.float(), advance(pair(name)[0], x), rtol=1e-4, atol=1e-5)
+    same(wide.float(), advance(theirs, x.double()).float())
     for y in (
         x.contiguous(memory_format=torch.channels_last),
         x.transpose(2, 3).contiguous().transpose(2, 3),
@@ -198,7 +198,9 @@ def test_given_noise(name):
         theirs, ours = pair(name)
         x = start(theirs)
         options = {"eta": 1.0, "variance_noise": given, "generator": None}
-        same(advance(ours, x, **options), advance(theirs, x, **options))
+        want, got = advance(theirs, x, **options), advance(ours, x, **options)
+        assert got.dtype == want.dtype
+        same(got.float(), want.float())  # the tables of diffusers are float32
     theirs, ours = pair("DPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver++")
     options = {"variance_noise": noise, "generator": None}
     same(advance(ours, x, **options), advance(theirs, x, **options))
@@ -254,8 +256,8 @@ def test_a_copy_in_the_middle_of_a_run_goes_on_alone(name, how):
         theirs.noise_sampler_seed = ours.noise_sampler_seed = 3
     twin = how(ours)
     want = advance(theirs, a, 3)
-    if how is not copy.copy or type(getattr(ours, "model_outputs", 0)) is int:
-        same(advance(ours, b + 1, 3), advance(theirs, a, 3) * 0 + advance(ours, b + 1, 3, 3))
+    if how is not copy.copy or not any(type(vars(ours).get(n)) is list for n in ours._fd_state):
+        advance(ours, b + 1, 3)  # a shallow copy shares its lists, those of diffusers too
     same(advance(twin, b, 3), want)
 
 

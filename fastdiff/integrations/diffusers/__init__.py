@@ -131,8 +131,10 @@ def drop_in(peer: Any, state: tuple[str, ...]) -> type:
     @functools.wraps(peer.step)
     def step_in_their_order(self: Any, *args: Any, **named: Any) -> Any:
         named.update(zip(order, args, strict=False))
-        if None in (named["old_pred_original_sample"], named["timestep_back"]):
-            named["return_dict"] = False  # the first step gives a tuple whatever was asked for
+        if named.get("return_dict"):  # the first and the last step give a tuple all the same
+            stride = self.config.num_train_timesteps // self.num_inference_steps
+            inside = int(named["timestep"]) >= stride
+            named["return_dict"] = inside and named["old_pred_original_sample"] is not None
         output, timestep, sample = (named.pop(name) for name in _FIRST)
         return run(self, output, timestep, sample, (), named)
 

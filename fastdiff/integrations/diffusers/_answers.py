@@ -62,9 +62,11 @@ def ask(scheduler: Any, call: Any) -> Answer:
     if isinstance(call.timestep, Tensor):
         at = torch.tensor(at, dtype=call.timestep.dtype)
     output = torch.zeros(1, 1 + bool(call.learned), 1, 1, dtype=call.model_output.dtype)
-    asked = call._replace(generator=torch.Generator(), given=dict.fromkeys(call.given, tiny))
+    # noise that is given excludes a generator
+    generator = None if "variance_noise" in call.given else torch.Generator()
+    asked = call._replace(generator=generator, given=dict.fromkeys(call.given, tiny))
     theirs = asked.theirs(scheduler._fd_names, False)
-    with torch.no_grad(), _Draws() as draws:
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), _Draws() as draws:
         outputs = scheduler._fd_peer.step(twin, output, timestep=at, sample=tiny, **theirs)
     return Answer(tuple(t.dtype for t in outputs), spans, draws.dtypes)
 

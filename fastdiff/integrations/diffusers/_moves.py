@@ -73,7 +73,7 @@ class Move:
         kept: (attribute, what it holds afterwards), see `Trace.kept`; for tensors a (kind, value).
         scaled: the noise that is drawn is to be scaled by a learned variance, (scale, shift).
         seeded: the rows draw noise themselves.
-        drawn_at: counter of the noise that is drawn as tensors; None: it is diffusers' own.
+        counter: of noise that is drawn by seed as a tensor, or None.
         spanned: the noise comes from a noise sampler, by spans of sigma.
         quick: the same laid out for the quick road (`_quick.Quick`), or None.
         plain: the rows read the sample and the model output alone, and write the sample alone.
@@ -94,7 +94,7 @@ class Move:
     kept: tuple[tuple[str, Any], ...]
     scaled: tuple[float, float] | None
     seeded: bool
-    drawn_at: int | None
+    counter: int | None
     spanned: bool
     plain: bool
     quick: Any = None
@@ -119,11 +119,12 @@ class _Binding:
     def __init__(self, trace: Trace, places: dict[str, int], counter: int | None) -> None:
         self.trace = trace
         self.spanned = any(trace.spans)
-        # noise that is kept for the next step has to be a tensor, and so has that of a noise
-        # sampler, whose spans overlap
-        held = any(set(f) & set(NOISE) for f in _forms(trace.kept))
-        self.counter = None if self.spanned or held else counter
-        self.drawn_at = counter if held else None
+        kept = _forms(trace.kept)
+        self.retained = {name for f in kept if (name := _single(f)) is not None}
+        # the spans of a noise sampler overlap, and so their noise is not drawn anew; noise that is
+        # kept has to be a tensor
+        seen = self.spanned or not self.retained.isdisjoint(NOISE)
+        self.counter = None if seen else counter
         self.places = {n: p for n, p in places.items() if p != FOREIGN}  # of tensors, as they are
         self.copies: list[tuple[str, int]] = []
         self.evicted: list[str] = []
@@ -132,8 +133,6 @@ class _Binding:
         self.quantile = trace.limit is not None and trace.limit.bound is None
         if trace.limit and set(trace.limit.form) - {SAMPLE, OUTPUT}:
             raise NotAffine("it limits a prediction that more than this step's tensors make up")
-        kept = _forms(trace.kept)
-        self.retained = {name for f in kept if (name := _single(f)) is not None}
         self.new: list[Form] = []
         for f in kept:
             name = _single(f)
@@ -311,7 +310,7 @@ def bind(trace: Trace, places: dict[str, int], counter: int | None) -> Move:
         kept=tuple((name, _kept(value, b)) for name, value in trace.kept.items()),
         scaled=trace.log_variance if b.counter is None else None,
         seeded=b.counter is not None and trace.draws > 0,
-        drawn_at=b.drawn_at,
+        counter=counter if b.counter is None and not b.spanned else None,
         spanned=b.spanned,
         plain=not (buffered or b.evicted or b.anchor or b.copies or max(used) >= 0 or trace.draws)
         and not any(f and _single(f) not in (None, SAMPLE, OUTPUT) for f in _forms(trace.kept)),

@@ -62,7 +62,7 @@ def _path(name: str) -> tuple[str, int | None]:
 
 def _laid(kind: str, what: Any) -> tuple[str, Any]:
     if kind == "entry":
-        return kind, _path(what)
+        return ("noise", None) if what in NOISE else (kind, _path(what))
     if kind == "list":
         return kind, tuple(_laid(*part) for part in what)
     return kind, what
@@ -73,7 +73,7 @@ def fits(move: Move) -> bool:
     return (
         _native.reads_tensors
         and not (move.copies or move.evicted or move.spanned or move.limited >= 0 or move.scaled)
-        and move.drawn_at is None
+        and move.counter is None
         and all(move.lazy)
         and move.rows.needs[0].variance is False
         and (not move.draws or (move.draws == 1 and NOISE[0] in (move.anchor, move.raw)))
@@ -82,11 +82,13 @@ def fits(move: Move) -> bool:
 
 def run(scheduler: Any, move: Move, call: Any) -> Any:
     """The outputs of a step, with the state left as diffusers would; None: nothing was done."""
+    if call.given:
+        return None
     quick: Quick = move.quick
     sample, model_output, generator = call.sample, call.model_output, call.generator
     values = scheduler.__dict__
     runtime = values["_fastdiff"]
-    anchor = raw = seeds = None
+    anchor = raw = seeds = noise = None
     if quick.buffered:
         anchor = runtime.buffer
     elif quick.anchor is not None:
@@ -145,6 +147,8 @@ def run(scheduler: Any, move: Move, call: Any) -> Any:
                 return values[name] if member is None else values[name][member]
             if kind == "value":
                 return what
+            if kind == "noise":
+                return noise
             if kind == "list":
                 return [value(*part) for part in what]
             if kind == "sample":

@@ -208,8 +208,8 @@ class DropIn:
             if move.anchor is not None:
                 anchor = tensors[move.anchor].to(x.dtype)
                 anchor = anchor.contiguous(memory_format=runtime.like[3])
-                if anchor.data_ptr() == x.data_ptr():  # the caller's sample of an earlier step
-                    anchor = anchor.clone()
+                if anchor.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+                    anchor = anchor.clone()  # a caller that hands the same sample in again
             if move.limited >= 0:
                 self._limit(move, x, model_output, runtime.views[move.limited])
         raw = None if move.raw is None else tensors[move.raw]
@@ -336,11 +336,11 @@ class DropIn:
             if move.spanned:
                 assert answer is not None
                 noise = self._sampler(call)(*answer.spans[k]).to(like.device)
-            elif move.drawn_at is not None:
+            elif move.counter is not None:
+                seeds, at = self._seeds(call.generator, like), len(NOISE) * move.counter + k
                 noise = randn(
-                    self._seeds(call.generator, like), like.shape[1:],
-                    step=len(NOISE) * move.drawn_at + k, stream=Stream.STEP, device=like.device,
-                )  # fmt: skip
+                    seeds, like.shape[1:], step=at, stream=Stream.STEP, device=like.device
+                )
             else:
                 dtype = torch.float32 if answer is None else answer.noise[k]
                 noise = drawn(like, call.generator, dtype)
@@ -367,6 +367,8 @@ class DropIn:
         super().__setattr__(name, value)
         if name not in OWN and name not in self._fd_state and "_fastdiff" in self.__dict__:
             self._fastdiff.plan = None
+            if name == "timesteps":  # a new run
+                self._fastdiff.seeds = None
 
     def __copy__(self) -> Any:
         """A shallow copy with buffers of its own."""
