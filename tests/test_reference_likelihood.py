@@ -8,7 +8,7 @@ import torch
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 from fastdiff import schedules
-from fastdiff.reference import diffusion, likelihood
+from fastdiff.reference import diffusion, distributions, likelihood
 
 EPS = torch.finfo(torch.float64).eps
 F64 = torch.float64
@@ -156,10 +156,10 @@ def test_terms_are_those_of_torchs_distributions():
     want = kl_divergence(
         Normal(mean, (logvar / 2).exp()), Normal(mean_p, (logvar_p / 2).exp())
     )  # fmt: skip
-    got = likelihood.kl_normal(mean, logvar, mean_p, logvar_p)
+    got = distributions.kl_normal(mean, logvar, mean_p, logvar_p)
     assert bool(((got - want).abs() <= 64 * EPS * (1 + want)).all())
     # variances that are nearly alike: (exp(r) - 1 - r) / 2 is r^2 / 4
-    near = likelihood.kl_normal(mean, logvar, mean, logvar + 1e-5)
+    near = distributions.kl_normal(mean, logvar, mean, logvar + 1e-5)
     assert bool((near / 2.5e-11 - 1).abs().max() <= 1e-4)
     # L_T of images, by the sum over their elements
     x0 = torch.randn(2, 3, 4, dtype=F64, generator=draw)

@@ -26,10 +26,10 @@ from torch.nn import functional
 
 __all__ = [
     "bernoulli_log_pmf", "bernoulli_mean", "bernoulli_pmf", "bernoulli_variance",
-    "discretized_logistic", "discretized_normal", "log1mexp", "log_ndtr", "logistic_cdf",
-    "logistic_log_cdf", "logistic_log_pdf", "logistic_pdf", "logistic_variance", "mixture",
-    "normal_cdf", "normal_log_cdf", "normal_log_pdf", "normal_pdf", "uniform_cdf", "uniform_mean",
-    "uniform_pdf", "uniform_variance",
+    "discretized_logistic", "discretized_normal", "kl_normal", "log1mexp", "log_ndtr",
+    "logistic_cdf", "logistic_log_cdf", "logistic_log_pdf", "logistic_pdf", "logistic_variance",
+    "mixture", "normal_cdf", "normal_log_cdf", "normal_log_pdf", "normal_pdf", "uniform_cdf",
+    "uniform_mean", "uniform_pdf", "uniform_variance",
 ]  # fmt: skip
 
 Value = float | Tensor
@@ -103,6 +103,18 @@ def normal_cdf(x: Tensor, mean: Value = 0.0, scale: Value = 1.0) -> Tensor:
     """Probability of a value up to x: erfc(-z / sqrt 2) / 2, which unlike (1 + erf) / 2 keeps the
     digits of small probabilities."""
     return torch.erfc((mean - x) / scale * math.sqrt(0.5)) / 2
+
+
+def kl_normal(mean: Tensor, logvar: Tensor, mean_p: Tensor, logvar_p: Tensor) -> Tensor:
+    """KL(N(mean, exp(logvar)) || N(mean_p, exp(logvar_p))) of each element, in nats.
+
+    E_q[log q - log p] = -1/2 - logvar/2 + logvar_p/2 + E_q[(x - mean_p)^2] / (2 var_p), and that
+    expectation is var + (mean - mean_p)^2. With r = logvar - logvar_p it is
+    (exp(r) - 1 - r + (mean - mean_p)^2 / var_p) / 2, whose first two terms are taken by expm1, for
+    variances that are nearly alike.
+    """
+    ratio = logvar - logvar_p
+    return 0.5 * (torch.expm1(ratio) - ratio + (mean - mean_p).square() * torch.exp(-logvar_p))
 
 
 # --- Bernoulli -------------------------------------------------------------------------------

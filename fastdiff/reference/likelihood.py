@@ -30,27 +30,15 @@ import torch
 from torch import Tensor
 
 from fastdiff.reference.diffusion import Coefficient, marginal, posterior
-from fastdiff.reference.distributions import discretized_normal, normal_log_pdf
+from fastdiff.reference.distributions import discretized_normal, kl_normal, normal_log_pdf
 
 __all__ = [
-    "Bound", "TimeSampler", "bits_per_dim", "bound", "data_weight", "hybrid_loss", "kl_normal",
+    "Bound", "TimeSampler", "bits_per_dim", "bound", "data_weight", "hybrid_loss",
     "learned_logvar", "prior_term", "reverse_moments", "snr", "step_term",
 ]  # fmt: skip
 
 # (x_t, t) -> mean and log-variance of p(x_{t-1} | x_t); t is (N,)
 Reverse = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-def kl_normal(mean: Tensor, logvar: Tensor, mean_p: Tensor, logvar_p: Tensor) -> Tensor:
-    """KL(N(mean, exp(logvar)) || N(mean_p, exp(logvar_p))) of each element, in nats.
-
-    E_q[log q - log p] = -1/2 - logvar/2 + logvar_p/2 + E_q[(x - mean_p)^2] / (2 var_p), and that
-    expectation is var + (mean - mean_p)^2. With r = logvar - logvar_p it is
-    (exp(r) - 1 - r + (mean - mean_p)^2 / var_p) / 2, whose first two terms are taken by expm1, for
-    variances that are nearly alike.
-    """
-    ratio = logvar - logvar_p
-    return 0.5 * (torch.expm1(ratio) - ratio + (mean - mean_p).square() * torch.exp(-logvar_p))
 
 
 def bits_per_dim(nats: Tensor, dims: int) -> Tensor:
