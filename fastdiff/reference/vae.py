@@ -224,7 +224,7 @@ class VAE(nn.Module):
         )
         mu, logvar = mu.unsqueeze(1), logvar.unsqueeze(1)
         z = mu + torch.exp(0.5 * logvar) * eps
-        ratio = 0.5 * (eps.square() + logvar - z.square()).flatten(2).sum(2)
+        ratio: Tensor = 0.5 * (eps.square() + logvar - z.square()).flatten(2).sum(2)
         log_p = self.log_likelihood(x.repeat_interleave(draws, 0), z.flatten(0, 1))
         return log_p.view(len(x), draws) + ratio
 
