@@ -42,6 +42,19 @@ def test_steps_compose_to_the_marginal():
     assert abs(ref.marginal(zero, ABAR[5], one) ** 2 - (1 - ABAR[5])) <= 4 * EPS
 
 
+def test_only_scaled_steps_lead_to_a_unit_normal():
+    """The variance after all steps, of data with variance 1/4, and of what notes give instead."""
+    one, zero = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    variance, unscaled = 0.25, 0.25
+    for beta in BETAS:
+        of_data, of_noise = ref.forward_step(one, beta, zero), ref.forward_step(zero, beta, one)
+        variance = float(of_data) ** 2 * variance + float(of_noise) ** 2
+        unscaled += float(beta)
+    # all that is left of the data is alphabar_T
+    assert abs(variance - 1 + 0.75 * float(ABAR[-1])) <= 1e4 * EPS
+    assert unscaled > 10  # the sum of the betas; 1 a step in N(x_{t-1}, I), 1000 in all
+
+
 @pytest.mark.parametrize("t", TIMES, ids=str)
 def test_posterior_is_the_product_of_two_gaussians(t):
     abar, abar_prev, beta = float(ABAR[t]), float(ABAR[t - 1]), float(BETAS[t])

@@ -7,6 +7,7 @@ orthogonal the posterior is diagonal, and q can be the posterior itself: the gap
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from bits import assert_same_bits
 from torch import Tensor, nn
 
-from fastdiff.ops import randn
+from fastdiff.ops import randn, reparameterize
 from fastdiff.reference.vae import VAE, ConvDecoder, ConvEncoder, Decoder, Encoder
 
 D, L, SCALE = 5, 2, 0.7
@@ -145,7 +146,96 @@ def test_bernoulli_likelihood_is_the_probability_of_the_pixels() -> None:
     assert_same_bits(p, vae.decoder(z).sigmoid())
 
 
-@pytest.mark.parametrize("likelihood", ("bernoulli", "gaussian"))
+def test_discretized_likelihood_is_the_probability_of_the_levels() -> None:
+    vae = VAE(Encoder((2,), 2), Decoder((2,), 2), "discretized_logistic", 0.4, bins=4)
+    z, levels = randn(range(8), (2,)), torch.linspace(-1, 1, 4)
+    x = torch.cartesian_prod(levels, levels)
+    each = torch.stack([vae.log_likelihood(x, one.expand(16, 2)).exp() for one in z])
+    # all images of 2 pixels and 4 levels: 16 exponentials of a few operations each
+    assert (each.sum(1) - 1).abs().max() < 32 * torch.finfo(torch.float32).eps
+    # a level between the ends, by the difference of CDFs as it is defined
+    y = vae.decoder(z)
+    cdf = [torch.sigmoid((x[6] + side / 3 - y) / 0.4) for side in (1, -1)]
+    room = 64 * torch.finfo(torch.float32).eps  # of two numbers up to 1, whose difference is small
+    assert ((cdf[0] - cdf[1]).prod(1) - each[:, 6]).abs().max() < room
+    assert_same_bits(vae.decode(z), y)
+
+
+@pytest.mark.parametrize("scale", (1.0, 0.25))
+def test_gaussian_likelihood_is_a_squared_error_summed_over_the_pixels(scale: float) -> None:
+    """The network's view: a loss that averages over the pixels has chosen another scale."""
+    vae = VAE(Encoder((6,), 2), Decoder((6,), 2), "gaussian", scale).double()
+    x, z = randn(range(5), (6,)).double(), randn(range(5, 10), (2,)).double()
+    error = (x - vae.decode(z)).square().mean(1)
+    constant = 6 * math.log(scale * math.sqrt(2 * math.pi))
+    got = vae.log_likelihood(x, z)
+    want = -6 * error / (2 * scale**2) - constant
+    assert ((got - want).abs() < 64 * torch.finfo(torch.float64).eps * want.abs().clamp(1)).all()
+
+
+def test_weights_of_the_posterior_are_the_evidence_at_every_draw() -> None:
+    """p(x, z) / p(z|x) = p(x), whatever z: the probability model's view without any variance."""
+    p = Problem()
+    vae = p.vae(p.gain, p.logvar)
+    weights = vae.log_weights(p.x, 7, 50)
+    log_p = p.evidence.log_prob(p.x)
+    assert weights.shape == (2, 50)
+    # some 50 operations on squares up to a few hundred
+    room = 1e4 * torch.finfo(torch.float64).eps
+    assert ((weights - log_p[:, None]).abs() < room).all()
+    assert ((vae.iwae(p.x, 7, 50) - log_p).abs() < room).all()
+
+
+@pytest.mark.parametrize("name", ("too wide", "prior"))
+def test_importance_weighted_bound_rises_with_the_draws_to_the_evidence(name: str) -> None:
+    p, vae = Problem(), _encoders()[name]
+    log_p, exact = p.evidence.log_prob(p.x), p.exact_elbo(vae)
+    weights = vae.log_weights(p.x, 7, DRAWS)
+    for i in (0, 1):
+        # one draw: the ELBO, whose closed form has the other view
+        error = float(weights[i].std()) / math.sqrt(DRAWS)
+        assert abs(float(weights[i].mean() - exact[i])) < SIGMAS * error
+        # the weights are unbiased
+        ratio = (weights[i] - log_p[i]).exp()
+        error = float(ratio.std()) / math.sqrt(DRAWS)
+        assert abs(float(ratio.mean()) - 1) < SIGMAS * error
+        bounds = []
+        for draws in (1, 4, 16, 64):
+            x = p.x[i].expand(1000, D)
+            each = vae.iwae(x, 1000, draws)
+            bounds.append((float(each.mean()), float(each.std()) / math.sqrt(1000)))
+        for (low, _), (high, error) in itertools.pairwise(bounds):
+            assert high > low
+            assert high < float(log_p[i]) + SIGMAS * error
+        # each four times as many leave less of the gap
+        gaps = [float(log_p[i]) - bound for bound, _ in bounds]
+        assert gaps[3] < 0.2 * gaps[0]
+
+
+def test_first_draw_of_the_weights_is_that_of_the_bound() -> None:
+    p = Problem()
+    vae = p.vae(0.5 * p.gain, p.logvar)
+    mu, logvar = vae.encoder(p.x)
+    z, kl = reparameterize(mu, logvar, 11, step=3)
+    want = vae.log_likelihood(p.x, z)
+    weight = vae.log_weights(p.x, 11, 1, step=3)[:, 0]
+    prior = torch.distributions.Normal(torch.zeros_like(mu), torch.ones_like(mu))
+    q = torch.distributions.Normal(mu, (logvar / 2).exp())
+    ratio = (prior.log_prob(z) - q.log_prob(z)).sum(1)
+    room = 1e3 * torch.finfo(torch.float64).eps
+    assert ((weight - want - ratio).abs() < room * (1 + want.abs())).all()
+    # more draws begin with the same ones
+    more = vae.log_weights(p.x, [11, 12], 5, step=3)
+    assert ((more[:, 0] - weight).abs() < room * (1 + weight.abs())).all()
+    # the two views differ draw by draw, and the loss weighs the divergence of the network's
+    assert not (kl == -ratio).any()
+    for beta in (0.0, 1.0, 4.0):
+        loss = vae.loss(p.x, 11, step=3, beta=beta)
+        assert ((loss - (beta * kl - want)).abs() < room * (1 + want.abs())).all()
+    assert_same_bits(vae.loss(p.x, 11), -vae.elbo(p.x, 11))
+
+
+@pytest.mark.parametrize("likelihood", ("bernoulli", "gaussian", "discretized_logistic"))
 def test_shapes(likelihood: str) -> None:
     x = randn(range(3), (1, 8, 8)).sigmoid()
     for vae, latent in (
@@ -158,7 +248,7 @@ def test_shapes(likelihood: str) -> None:
         assert log_likelihood.shape == kl.shape == (3,)
         assert_same_bits(vae.elbo(x, 0), log_likelihood - kl)
         assert (kl >= 0).all()
-        if likelihood == "bernoulli":
+        if likelihood != "gaussian":
             assert (log_likelihood <= 0).all()
         assert vae.sample([1, 2], latent).shape == (2, 1, 8, 8)
         vae.elbo(x, 0).sum().backward()
@@ -212,5 +302,9 @@ def test_refusals() -> None:
     for scale in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="VAE: scale must be positive"):
             VAE(nn.Identity(), nn.Identity(), "gaussian", scale)
+    with pytest.raises(ValueError, match="VAE: bins must be at least 2, got 1"):
+        VAE(nn.Identity(), nn.Identity(), "discretized_logistic", bins=1)
+    with pytest.raises(ValueError, match="VAE: draws must be positive, got 0"):
+        VAE(Encoder((3,), 2), Decoder((3,), 2)).iwae(torch.zeros(1, 3), 0, 0)
     with pytest.raises(ValueError, match="VAE: x must have the shape of the decoder's output"):
         VAE(Encoder((3,), 2), Decoder((4,), 2)).elbo(torch.zeros(1, 3), 0)

@@ -31,6 +31,12 @@ def _sqrt(value: Coefficient) -> Coefficient:
 def forward_step(x_prev: Tensor, beta: Coefficient, noise: Tensor) -> Tensor:
     """Draw x_t from q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I): DDPM, equation 2.
 
+    Notes that write N(x_{t-1}, I), or leave out the factor sqrt(1 - beta_t), are wrong about this
+    process: without the factor every step adds to the variance, which grows without bound, and the
+    data are drowned but never become N(0, I). With it, variance v becomes (1 - beta_t) v + beta_t,
+    which draws v towards 1 and leaves 1 as it is. (Processes that only add noise exist, as that of
+    Song and Ermon 2019, arXiv:1907.05600; their last image is N(0, sigma^2 I), sigma large.)
+
     Args:
         x_prev: x_{t-1}, any shape.
         beta: beta_t, in (0, 1).

@@ -19,6 +19,18 @@ p(z) it splits once more into what is computed here (their equation 3, estimator
 The second term has a closed form (their appendix B). The first is estimated by one draw a data
 point, z = mu + exp(logvar / 2) eps, through which gradients flow (their section 2.4); draw and
 divergence are one op, `fastdiff.ops.reparameterize`.
+
+The same bound has two views. The network's, above: an autoencoder whose loss is a reconstruction
+error, -log p(x|z), and a penalty, KL, that keeps its code near the prior (`terms`, `elbo`). The
+error is the cross-entropy of the pixels for the Bernoulli likelihood and, for the Gaussian,
+|x - y|^2 / (2 scale^2) + const: a squared error summed, not averaged, over the pixels, whose weight
+against the KL is set by the scale, so code that adds a mean squared error and a KL has chosen some
+other scale. The probability model's: the mean over q of
+
+    log w = log p(x|z) + log p(z) - log q(z|x)          (their estimator A; `log_weights`)
+
+where w is the weight of an importance sample of p(x) = E_q[w]. With more draws the logarithm of
+their average is a tighter bound (`iwae`), which the network's view does not show.
 """
 
 from __future__ import annotations
@@ -29,13 +41,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from fastdiff.ops import randn, reparameterize
+from fastdiff.ops import Stream, as_seeds, randn, reparameterize
+from fastdiff.reference import distributions
 
 __all__ = ["VAE", "ConvDecoder", "ConvEncoder", "Decoder", "Encoder"]
 
-LIKELIHOODS = ("bernoulli", "gaussian")
+LIKELIHOODS = ("bernoulli", "gaussian", "discretized_logistic")
 
 
 class Encoder(nn.Module):
@@ -105,12 +117,15 @@ class VAE(nn.Module):
     Args:
         encoder: x -> (mu, logvar) of q(z|x), both (N, *Z).
         decoder: z of shape (N, *Z) -> (N, *S), the parameters of p(x|z).
-        likelihood: "bernoulli", x in [0, 1] with the decoder giving logits; or "gaussian", the
-            decoder giving the means.
-        scale: standard deviation of the Gaussian likelihood.
+        likelihood: "bernoulli", x in [0, 1] with the decoder giving logits; "gaussian", the decoder
+            giving the means; or "discretized_logistic", x on `bins` levels in [-1, 1], the decoder
+            giving the means. Only the last, and the first for x of 0 and 1, are probabilities of
+            images; a density, as the Gaussian is, may exceed 1 and its ELBO 0.
+        scale: standard deviation of the Gaussian, or scale of the logistic distribution.
+        bins: levels of a pixel, at least 2.
 
     Raises:
-        ValueError: an unknown likelihood, or a scale that is not positive.
+        ValueError: an unknown likelihood, a scale that is not positive, or too few bins.
     """
 
     def __init__(
@@ -119,6 +134,7 @@ class VAE(nn.Module):
         decoder: nn.Module,
         likelihood: str = "bernoulli",
         scale: float = 1.0,
+        bins: int = 256,
     ) -> None:
         super().__init__()
         if likelihood not in LIKELIHOODS:
@@ -127,8 +143,10 @@ class VAE(nn.Module):
             )
         if not scale > 0:
             raise ValueError(f"VAE: scale must be positive, got {scale}")
+        if bins < 2:
+            raise ValueError(f"VAE: bins must be at least 2, got {bins}")
         self.encoder, self.decoder = encoder, decoder
-        self.likelihood, self.scale = likelihood, float(scale)
+        self.likelihood, self.scale, self.bins = likelihood, float(scale), bins
 
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
         """log p(x|z) of each sample, (N,), in nats."""
@@ -139,11 +157,11 @@ class VAE(nn.Module):
                 f"got {tuple(x.shape)}"
             )
         if self.likelihood == "bernoulli":
-            # log of p^x (1 - p)^(1 - x) with p the logistic function of the logits
-            each = -functional.binary_cross_entropy_with_logits(y, x, reduction="none")
+            each = distributions.bernoulli_log_pmf(x, y)
+        elif self.likelihood == "gaussian":
+            each = distributions.normal_log_pdf(x, y, self.scale)
         else:
-            constant = math.log(self.scale) + 0.5 * math.log(2 * math.pi)
-            each = -0.5 * ((x - y) / self.scale) ** 2 - constant
+            each = distributions.discretized_logistic(x, y, self.scale, bins=self.bins)
         return each.flatten(1).sum(1)
 
     def terms(self, x: Tensor, seeds: Any, *, step: int = 0) -> tuple[Tensor, Tensor]:
@@ -168,6 +186,62 @@ class VAE(nn.Module):
         """
         log_likelihood, kl = self.terms(x, seeds, step=step)
         return log_likelihood - kl
+
+    def loss(self, x: Tensor, seeds: Any, *, step: int = 0, beta: float = 1.0) -> Tensor:
+        """-E_q[log p(x|z)] + beta KL of each sample, (N,), in nats.
+
+        beta = 1 is -ELBO. Larger (beta-VAE: Higgins et al., ICLR 2017, equation 4) holds q nearer
+        to the prior: the multiplier of a constraint KL < const on what the code may carry. As the
+        KL is at least 0, its negative is still a lower bound of log p(x), only looser; below 1 it
+        is none.
+
+        Args: as `terms`.
+        """
+        log_likelihood, kl = self.terms(x, seeds, step=step)
+        return beta * kl - log_likelihood
+
+    def log_weights(self, x: Tensor, seeds: Any, draws: int, *, step: int = 0) -> Tensor:
+        """log p(x, z) - log q(z|x) at `draws` draws z of q, (N, draws), in nats.
+
+        With z = mu + exp(logvar/2) eps, log q(z|x) = log N(eps; 0, I) - sum logvar / 2, so the
+        constants of p(z) and q cancel: the difference is the sum of (eps^2 + logvar - z^2) / 2.
+
+        Args: as `terms`. The first draw's noise is that of `terms`.
+
+        Raises:
+            ValueError: `draws` is below 1.
+        """
+        if draws < 1:
+            raise ValueError(f"VAE: draws must be positive, got {draws}")
+        mu, logvar = self.encoder(x)
+        eps = randn(
+            as_seeds(seeds, len(x), where="VAE"),
+            (draws, *mu.shape[1:]),
+            step=step,
+            stream=Stream.REPARAMETERIZE,
+            dtype=mu.dtype,
+            device=mu.device,
+        )
+        mu, logvar = mu.unsqueeze(1), logvar.unsqueeze(1)
+        z = mu + torch.exp(0.5 * logvar) * eps
+        ratio: Tensor = 0.5 * (eps.square() + logvar - z.square()).flatten(2).sum(2)
+        log_p = self.log_likelihood(x.repeat_interleave(draws, 0), z.flatten(0, 1))
+        return log_p.view(len(x), draws) + ratio
+
+    def iwae(self, x: Tensor, seeds: Any, draws: int, *, step: int = 0) -> Tensor:
+        """log of the mean of `draws` importance weights of each sample, (N,), in nats.
+
+        Burda, Grosse and Salakhutdinov 2016 (arXiv:1509.00519), equation 8. E[mean w] = p(x), so
+        by Jensen's inequality E[log mean w] <= log p(x), for any number of draws. More draws never
+        lower it: the mean of K + 1 weights is the mean, over the one left out, of means of K, and
+        Jensen's inequality applies to that mean too (their theorem 1). It tends to log p(x), with a
+        gap of about Var(w) / (2 K p(x)^2). One draw gives the ELBO.
+
+        Args, Raises: as `log_weights`.
+        """
+        weights = self.log_weights(x, seeds, draws, step=step)
+        bound: Tensor = weights.logsumexp(1) - math.log(draws)
+        return bound
 
     def decode(self, z: Tensor) -> Tensor:
         """The mean of p(x|z), (N, *S)."""
