@@ -82,9 +82,13 @@ class Runtime:
     """What a drop-in scheduler keeps of a run: buffers, and the tensors that its plan is good for.
 
     A copy of the scheduler starts with a new one: its tensors are then foreign, and copied once.
+
+    Args:
+        in_place: the scheduler was made as diffusers' class, and `restore` is to give it back.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, in_place: bool = False) -> None:
+        self.in_place = in_place
         self.plan: Plan | None = None
         self.token: tuple[Any, ...] = ()
         self.host: list[Any] = []
@@ -98,10 +102,10 @@ class Runtime:
         self.seeds: tuple[Any, Tensor] | None = None
 
     def __deepcopy__(self, memo: Any) -> Runtime:
-        return Runtime()
+        return Runtime(self.in_place)
 
     def __reduce__(self) -> Any:
-        return Runtime, ()
+        return Runtime, (self.in_place,)
 
     # --- the plan ---------------------------------------------------------------------------
 

@@ -58,6 +58,7 @@ class DropIn:
     _fd_output: ClassVar[type]
     _fd_outputs: ClassVar[tuple[str, ...]]  # names of what step returns
     _fd_learned: ClassVar[bool]  # the model output may carry a variance
+    _fd_indexed: ClassVar[bool]  # the step goes by an index into the grid, not by the timestep
     _fd_by_value: ClassVar[bool]  # the step reads the timestep besides its index
     _fd_trims: ClassVar[tuple[tuple[str, int], ...]]  # (list, entries of it that are ever read)
 
@@ -87,7 +88,15 @@ class DropIn:
         assert plan is not None
         for name, length in self._fd_trims:
             del values[name][:-length]
-        call = self._call(model_output, timestep, sample, generator, named)
+        try:
+            call = self._call(model_output, timestep, sample, generator, named)
+        except (
+            IndexError
+        ):  # no timestep of the grid: diffusers' own step says what is wrong with it
+            if generator is not None:
+                named["generator"] = generator
+            named["return_dict"] = return_dict
+            return self._fd_peer.step(self, model_output, timestep, sample, **named)
         seen = signature(values, self._fd_state, runtime)
         move = plan.moves.get((call.key, seen))
         if move is None:
@@ -114,7 +123,7 @@ class DropIn:
     ) -> Call:
         """The arguments sorted by kind, and the key of their numbers."""
         runtime = self._fastdiff
-        place = self.__dict__.get("_step_index", runtime)
+        place = self.__dict__.get("_step_index") if self._fd_indexed else runtime
         if place is None:
             self._init_step_index(timestep)
             place = self._step_index
@@ -152,9 +161,10 @@ class DropIn:
             )
 
         counter = None
-        if self.config.noise == "counter":
-            counter = self.__dict__.get("_step_index")
-            if counter is None:
+        if self.config.get("noise") == "counter":
+            if self._fd_indexed:
+                counter = self._step_index
+            else:
                 host = runtime.host
                 counter = host.index(number) if number in host else int(number)
         held = tensors_of(self.__dict__, self._fd_state)
@@ -317,7 +327,7 @@ class DropIn:
     def _sampler(self, call: Call) -> Any:
         """The noise sampler, made at its first use as diffusers does."""
         if self.__dict__["noise_sampler"] is None:
-            if self.config.noise == "counter":
+            if self.config.get("noise") == "counter":
                 made: Any = CounterPath(self._seeds(call), call.sample)
             else:
                 made = brownian_tree(self, call.generator, call.sample, call.model_output)

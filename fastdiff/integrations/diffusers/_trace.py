@@ -229,7 +229,17 @@ def trace(
             twin.__dict__[name][i] = vectors.of(symbol)
     recorder = _Recorder(vectors)
     if hasattr(twin, "_threshold_sample"):
-        twin.__dict__["_threshold_sample"] = lambda value: recorder.limited(value, None)
+        largest = twin.config.sample_max_value if twin.config.thresholding else 1.0
+
+        def threshold(value: Tensor) -> Tensor:
+            # below 1 every quantile is clamped to the bound, and it is a clip with a scale
+            return (
+                recorder.limited(value, largest) / largest
+                if largest < 1
+                else recorder.limited(value, None)
+            )
+
+        twin.__dict__["_threshold_sample"] = threshold
     if "noise_sampler" in vars(twin):
         twin.__dict__["noise_sampler"] = lambda a, b: recorder.draw(True, (float(a), float(b)))
     output = vectors.of(OUTPUT)
