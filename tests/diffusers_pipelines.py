@@ -282,9 +282,8 @@ class Float32Draws(TorchFunctionMode):
         return func(*args, **named)
 
 
-def in_float64(pipe: Any) -> Any:
-    """The pipeline, its weights and the tables of its scheduler in float64 from now on."""
-    scheduler = pipe.scheduler
+def in_float64(scheduler: Any) -> Any:
+    """The scheduler, its tables in float64 from now on."""
 
     def cast() -> None:
         for name, value in vars(scheduler).items():
@@ -300,4 +299,10 @@ def in_float64(pipe: Any) -> Any:
 
     scheduler.set_timesteps = set_timesteps
     cast()
+    return scheduler
+
+
+def pipe_in_float64(pipe: Any) -> Any:
+    """The pipeline, its weights and the tables of its scheduler in float64 from now on."""
+    in_float64(pipe.scheduler)
     return pipe.to(torch.float64)

@@ -9,7 +9,7 @@ import diffusers
 import pytest
 import torch
 from budget import assert_within_budget
-from diffusers_pipelines import ARGUMENTS, Float32Draws, in_float64, run
+from diffusers_pipelines import ARGUMENTS, Float32Draws, pipe_in_float64, run
 
 from fastdiff.integrations import diffusers as drop_ins
 
@@ -107,7 +107,7 @@ def _compared(
     got, want = (run(pipe, name, **change) for pipe in (ours, theirs))
     assert type(ours.scheduler) is getattr(drop_ins, cls)
     assert torch.isfinite(got).all()
-    exact = in_float64(_pipe(name, cls, config).to(dtype))
+    exact = pipe_in_float64(_pipe(name, cls, config).to(dtype))
     with Float32Draws():
         whole = run(exact, name, **change)
     return [got, want, whole.double()]

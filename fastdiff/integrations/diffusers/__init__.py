@@ -9,6 +9,9 @@ from typing import Any
 
 import diffusers
 
+# the folder of a saved pipeline names this module, and diffusers then looks here for the base class
+from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin
+
 from fastdiff.integrations.diffusers._exchange import to_diffusers as to_diffusers
 from fastdiff.integrations.diffusers._noise import SOURCES
 from fastdiff.integrations.diffusers._plan import Runtime

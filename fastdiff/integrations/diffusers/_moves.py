@@ -66,6 +66,7 @@ class Move:
         push: slot that row 0 writes, or -1.
         depth: slots that the history must have.
         draws: of each noise tensor to be drawn: whether in float32 always.
+        counted: counter of the first of these where they are counter-based, -1: a generator's.
         clip: bound of the prediction, or None.
         limited: slot of the prediction that is limited by a quantile, or -1.
         lazy: of each further output: whether it may be computed after the step.
@@ -84,6 +85,7 @@ class Move:
     push: int
     depth: int
     draws: tuple[bool, ...]
+    counted: int
     clip: float | None
     limited: int
     lazy: tuple[bool, ...]
@@ -125,6 +127,10 @@ class _Binding:
             raise NotAffine("it limits a prediction that more than this step's tensors make up")
         kept = _forms(trace.kept)
         self.retained = {name for f in kept if (name := _single(f)) is not None}
+        self.counted = -1
+        if self.counter is not None and self.retained & {*NOISE}:
+            # a later step reads it, and so it has to be there as a tensor
+            self.counted, self.counter = 2 * self.counter, None
         self.new: list[Form] = []
         for f in kept:
             name = _single(f)
@@ -291,6 +297,7 @@ def bind(trace: Trace, places: dict[str, int], counter: int | None) -> Move:
         push=b.push,
         depth=HISTORY_SLOTS if max(used) >= 0 else 0,
         draws=drawn,
+        counted=b.counted,
         clip=b.clip,
         limited=b.limited,
         lazy=tuple(not set(f) - plain for f in trace.outputs[1:]),

@@ -15,6 +15,7 @@ from fastdiff.integrations.diffusers._plan import Plan, Runtime, find, signature
 from fastdiff.integrations.diffusers._trace import NOISE, Trace, is_state, trace
 from fastdiff.ops._layout import memory_format
 from fastdiff.ops.dynamic_threshold import dynamic_threshold
+from fastdiff.ops.noise import Stream, randn
 from fastdiff.ops.reverse_step import reverse_step
 
 _HALVES = (torch.bfloat16, torch.float16)
@@ -317,6 +318,14 @@ class DropIn:
             if move.spanned:
                 assert answer is not None
                 noise = self._sampler(call)(*answer.spans[k]).to(like.device)
+            elif move.counted >= 0:
+                noise = randn(
+                    self._seeds(call),
+                    like.shape[1:],
+                    step=move.counted + k,
+                    stream=Stream.STEP,
+                    device=like.device,
+                )
             else:
                 noise = drawn(like, call.generator, torch.float32 if in_float32 else like.dtype)
             if move.scaled is not None and variance is not None:

@@ -172,10 +172,15 @@ class _Recorder(TorchFunctionMode):
         return func(*args, **named)
 
 
-def _in_float64(scheduler: Any) -> Any:
-    """A copy of a scheduler on the CPU whose tables are in float64; its lists are its own."""
+def _in_float64(scheduler: Any, state: Sequence[str]) -> Any:
+    """A copy of a scheduler on the CPU whose tables are in float64; its lists are its own.
+
+    The tensors of its state are left where they are, as unit vectors will stand for them.
+    """
     twin = copy.copy(scheduler)
     for name, value in vars(scheduler).items():
+        if name in state and is_state(value):
+            continue
         if isinstance(value, Tensor):
             moved = value.detach().cpu()
             twin.__dict__[name] = moved.double() if value.is_floating_point() else moved
@@ -211,7 +216,7 @@ def trace(
         NotAffine: it can not be a row of a table.
         Exception: whatever `step` itself raises on such arguments.
     """
-    twin = _in_float64(scheduler)
+    twin = _in_float64(scheduler, state)
     held: dict[str, tuple[str, int | None]] = {}
     for name in state:
         value = vars(scheduler).get(name)
