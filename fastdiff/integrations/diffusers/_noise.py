@@ -10,7 +10,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from fastdiff.ops.brownian import brownian
-from fastdiff.ops.noise import as_seeds
+from fastdiff.ops.noise import Stream, as_seeds, randn
 from fastdiff.path_noise import PATH
 
 SOURCES = ("generator", "counter")
@@ -76,3 +76,8 @@ def drawn(like: Tensor, generator: Any, dtype: torch.dtype) -> Tensor:
     """Noise as diffusers draws it."""
     noise: Tensor = randn_tensor(like.shape, generator=generator, device=like.device, dtype=dtype)
     return noise
+
+
+def counted(seeds: Tensor, like: Tensor, step: int) -> Tensor:
+    """Noise as the kernel draws it in place, for what has to be a tensor."""
+    return randn(seeds, like.shape[1:], step=step, stream=Stream.STEP, device=like.device)

@@ -9,13 +9,25 @@ import torch
 from torch import Tensor
 
 from fastdiff.integrations.diffusers._moves import ANCHOR, Move
-from fastdiff.integrations.diffusers._noise import CounterPath, brownian_tree, drawn, seeds_of
+from fastdiff.integrations.diffusers._noise import (
+    CounterPath,
+    brownian_tree,
+    counted,
+    drawn,
+    seeds_of,
+)
 from fastdiff.integrations.diffusers._outputs import Later, LaterTuple, later_output
-from fastdiff.integrations.diffusers._plan import Plan, Runtime, find, signature, tensors_of
+from fastdiff.integrations.diffusers._plan import (
+    Plan,
+    Runtime,
+    as_theirs,
+    find,
+    signature,
+    tensors_of,
+)
 from fastdiff.integrations.diffusers._trace import NOISE, Trace, is_state, trace
 from fastdiff.ops._layout import memory_format
 from fastdiff.ops.dynamic_threshold import dynamic_threshold
-from fastdiff.ops.noise import Stream, randn
 from fastdiff.ops.reverse_step import reverse_step
 
 _HALVES = (torch.bfloat16, torch.float16)
@@ -94,15 +106,16 @@ class DropIn:
         except (
             IndexError
         ):  # no timestep of the grid: diffusers' own step says what is wrong with it
-            if generator is not None:
-                named["generator"] = generator
             named["return_dict"] = return_dict
+            named.update({} if generator is None else {"generator": generator})
             return self._fd_peer.step(self, model_output, timestep, sample, **named)
         seen = signature(values, self._fd_state, runtime)
         move = plan.moves.get((call.key, seen))
         if move is None:
             move = self._find(plan, call, seen)
         if type(move) is str:
+            if sample.dtype in _HALVES:
+                as_theirs(values, self._fd_state, runtime, sample.dtype)
             theirs = call.theirs(self._fd_names, return_dict)
             return self._fd_peer.step(self, model_output, timestep, sample, **theirs)
         assert isinstance(move, Move)
@@ -163,11 +176,8 @@ class DropIn:
 
         counter = None
         if self.config.get("noise") == "counter":
-            if self._fd_indexed:
-                counter = self._step_index
-            else:
-                host = runtime.host
-                counter = host.index(number) if number in host else int(number)
+            listed = runtime.host.index(number) if number in runtime.host else int(number)
+            counter = self._step_index if self._fd_indexed else listed
         held = tensors_of(self.__dict__, self._fd_state)
         places = {name: runtime.place(t) for name, t in (held | call.given).items()}
         return find(plan, call.key, seen, make, places, counter)
@@ -319,13 +329,7 @@ class DropIn:
                 assert answer is not None
                 noise = self._sampler(call)(*answer.spans[k]).to(like.device)
             elif move.counted >= 0:
-                noise = randn(
-                    self._seeds(call),
-                    like.shape[1:],
-                    step=move.counted + k,
-                    stream=Stream.STEP,
-                    device=like.device,
-                )
+                noise = counted(self._seeds(call), like, move.counted + k)
             else:
                 noise = drawn(like, call.generator, torch.float32 if in_float32 else like.dtype)
             if move.scaled is not None and variance is not None:
@@ -336,11 +340,11 @@ class DropIn:
     def _sampler(self, call: Call) -> Any:
         """The noise sampler, made at its first use as diffusers does."""
         if self.__dict__["noise_sampler"] is None:
-            if self.config.get("noise") == "counter":
-                made: Any = CounterPath(self._seeds(call), call.sample)
-            else:
-                made = brownian_tree(self, call.generator, call.sample, call.model_output)
-            self.noise_sampler = made
+            self.noise_sampler = (
+                CounterPath(self._seeds(call), call.sample)
+                if self.config.get("noise") == "counter"
+                else brownian_tree(self, call.generator, call.sample, call.model_output)
+            )
         return self.noise_sampler
 
     # --- diffusers' own class -----------------------------------------------------------------
