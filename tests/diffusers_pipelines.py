@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +11,6 @@ import diffusers
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 STEPS = 4
 
@@ -267,42 +265,3 @@ def run(pipe: Any, name: str, **change: Any) -> Tensor:
     out = pipe(**{**given, **change})
     value = next(v for v in (getattr(out, k, None) for k in ("images", "frames")) if v is not None)
     return torch.as_tensor(value)
-
-
-# --- the same in float64 ----------------------------------------------------------------------
-
-
-class Float32Draws(TorchFunctionMode):
-    """A run in float64 on the noise of the run in float32."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        named = dict(kwargs or {})
-        if func is torch.randn and named.get("dtype") == torch.float64:
-            return func(*args, **{**named, "dtype": torch.float32}).double()
-        return func(*args, **named)
-
-
-def in_float64(scheduler: Any) -> Any:
-    """The scheduler, its tables in float64 from now on."""
-
-    def cast() -> None:
-        for name, value in vars(scheduler).items():
-            if isinstance(value, Tensor) and value.is_floating_point():
-                vars(scheduler)[name] = value.double()
-
-    original = scheduler.set_timesteps
-
-    @functools.wraps(original)  # pipelines look its parameters up
-    def set_timesteps(*args: Any, **named: Any) -> None:
-        original(*args, **named)
-        cast()
-
-    scheduler.set_timesteps = set_timesteps
-    cast()
-    return scheduler
-
-
-def pipe_in_float64(pipe: Any) -> Any:
-    """The pipeline, its weights and the tables of its scheduler in float64 from now on."""
-    in_float64(pipe.scheduler)
-    return pipe.to(torch.float64)

@@ -11,7 +11,7 @@ import diffusers
 import pytest
 import torch
 from budget import assert_within_budget
-from diffusers_pipelines import Float32Draws, in_float64
+from diffusers_float64 import Float32Draws, in_float64
 
 from fastdiff.integrations import diffusers as drop_ins
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import warnings
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
 from budget import assert_within_budget
-from diffusers_pipelines import ARGUMENTS, Float32Draws, pipe_in_float64, run
+from diffusers_float64 import Float32Draws, pipe_in_float64
+from diffusers_pipelines import ARGUMENTS, run
+from torch import Tensor
 
+import fastdiff
 from fastdiff.integrations import diffusers as drop_ins
 
 # in units in the last place of an element: the last operation of a pipeline rounds once, and the
@@ -133,3 +138,85 @@ def test_same_pictures(name: str, cls: str, config: dict[str, Any]) -> None:
 def test_same_pictures_in_bfloat16(name: str, cls: str, config: dict[str, Any]) -> None:
     got, want, exact = _compared(name, cls, config, torch.bfloat16, output_type="pt")
     assert_within_budget(got, want, exact, ulps=ULPS)
+
+
+# --- what else is done with a pipeline -------------------------------------------------------
+
+
+def test_accelerated_pipeline_gives_the_same_pictures_and_saves_as_diffusers_own(
+    tmp_path: Path,
+) -> None:
+    build, _ = ARGUMENTS["stable_diffusion_xl"]
+    config = {"clip_sample": False, "steps_offset": 1}
+    theirs, ours = (build(diffusers.DDIMScheduler(**config)) for _ in range(2))
+    report = fastdiff.accelerate(ours)
+    assert "scheduler" in report.fused and len(report.fused) > 10
+    got, want = run(ours, "stable_diffusion_xl"), run(theirs, "stable_diffusion_xl")
+    exact = pipe_in_float64(build(diffusers.DDIMScheduler(**config)))
+    with Float32Draws():
+        whole = run(exact, "stable_diffusion_xl")
+    # the modules are fused as well: their sums are ordered otherwise
+    assert_within_budget(got, want, whole.double(), ulps=16)
+    ours.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
+    plain = diffusers.StableDiffusionXLPipeline.from_pretrained(tmp_path)
+    assert type(plain.scheduler) is diffusers.DDIMScheduler
+    assert torch.equal(run(plain, "stable_diffusion_xl"), want)
+    fastdiff.restore(ours)
+    assert type(ours.scheduler) is diffusers.DDIMScheduler
+    assert torch.equal(run(ours, "stable_diffusion_xl"), want)
+
+
+def test_a_pipeline_with_a_drop_in_is_saved_and_loaded(tmp_path: Path) -> None:
+    build, _ = ARGUMENTS["stable_diffusion_xl"]
+    config = {"clip_sample": False, "steps_offset": 1, "noise": "counter"}
+    pipe = build(drop_ins.DDIMScheduler(**config))
+    want = run(pipe, "stable_diffusion_xl", eta=1.0)
+    pipe.save_pretrained(tmp_path / "ours")
+    again = diffusers.StableDiffusionXLPipeline.from_pretrained(tmp_path / "ours")
+    assert type(again.scheduler) is drop_ins.DDIMScheduler
+    assert again.scheduler.config.noise == "counter"
+    assert torch.equal(run(again, "stable_diffusion_xl", eta=1.0), want)
+    # for those who do not have fastdiff
+    pipe.scheduler = drop_ins.to_diffusers(pipe.scheduler)
+    pipe.save_pretrained(tmp_path / "theirs")
+    index = json.loads((tmp_path / "theirs" / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
+    plain = diffusers.DDIMScheduler.from_pretrained(tmp_path / "theirs", subfolder="scheduler")
+    hidden = {"noise", "_use_default_values"}
+    assert dict(plain.config) == {k: v for k, v in pipe.scheduler.config.items() if k not in hidden}
+
+
+@pytest.mark.parametrize(("name", "cls"), [("ddim", "DDIMPipeline"), ("pndm", "PNDMPipeline")])
+def test_pipelines_that_make_a_scheduler_of_their_own(name: str, cls: str) -> None:
+    """Their constructors give back diffusers' class: ours is assigned behind them."""
+    made = {"ddim": drop_ins.DDIMScheduler, "pndm": drop_ins.PNDMScheduler}[name]
+    pipe = getattr(diffusers, cls)(ARGUMENTS["ddpm"][0](made()).unet, made())
+    assert type(pipe.scheduler).__module__.startswith("diffusers.")
+    pipe.scheduler = made.from_config(pipe.scheduler.config)
+    assert run(pipe, "ddpm").shape == (2, 8, 8, 3) and type(pipe.scheduler) is made
+
+
+def test_a_callback_sees_and_changes_the_latents() -> None:
+    """The state that a scheduler keeps must not be the tensor that a callback writes to."""
+    build, _ = ARGUMENTS["stable_diffusion"]
+    seen: list[list[Tensor]] = []
+
+    def halved(pipe: Any, i: int, t: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        seen[-1].append(given["latents"].clone())
+        if i == 1:
+            given["latents"].mul_(0.5)
+        return {"latents": given["latents"] + 0.25} if i == 2 else given
+
+    for module in (drop_ins, diffusers):
+        seen.append([])
+        pipe = build(module.UniPCMultistepScheduler(solver_order=3))
+        run(pipe, "stable_diffusion", callback_on_step_end=halved)
+    assert len(seen[0]) == len(seen[1]) == 4
+    pipe = pipe_in_float64(build(diffusers.UniPCMultistepScheduler(solver_order=3)))
+    seen.append([])
+    with Float32Draws():
+        run(pipe, "stable_diffusion", callback_on_step_end=halved)
+    for got, want, exact in zip(*seen, strict=True):
+        assert_within_budget(got, want, exact, ulps=4)  # as in test_diffusers_pipelines
