@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,9 @@ import torch
 import fastdiff
 from fastdiff.integrations import _chains, _transformer
 from fastdiff.ops import _native
+
+# transformers looks for a package of that name, and the root of a checkout has such a folder
+sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 
 # instruction sets of this machine, best first; none where the extension is missing
 ISAS: list[str] = _native.extension.isas() if _native.extension is not None else []

@@ -28,7 +28,7 @@ LOOKED_UP = {
     "DPMSolverMultistepInverseScheduler": {"aten::_local_scalar_dense": 1, "aten::nonzero": 1}
 }
 # makes room, or another view, and reads nothing
-ALLOCATES = ("aten::empty", "aten::empty_like", "aten::unbind", "aten::detach")
+ALLOCATES = ("aten::empty", "aten::empty_like", "aten::unbind", "aten::detach", "aten::view")
 # the noise, and the caller's tensors where diffusers keeps them and a row has to write them
 COPIES = ("aten::randn", "aten::copy_", "aten::clone")
 

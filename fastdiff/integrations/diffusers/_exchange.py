@@ -42,8 +42,8 @@ def take_out(scheduler: Any) -> None:
 
 
 def _bare(scheduler: Any) -> None:
-    scheduler.__class__ = scheduler._fd_peer
     del scheduler._fastdiff
+    object.__setattr__(scheduler, "__class__", scheduler._fd_peer)
 
 
 def to_diffusers(scheduler: Any) -> Any:
