@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from fastdiff import checkpoints, schedules
 from fastdiff.integrations import _chains, _torch_noise, _transformer
 from fastdiff.models.unet import UNet, UNetConfig
 from fastdiff.ops import _native
+
+# transformers looks for a package of that name, and the root of a checkout has such a folder
+sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 
 # instruction sets of this machine, best first; none where the extension is missing
 ISAS: list[str] = _native.extension.isas() if _native.extension is not None else []

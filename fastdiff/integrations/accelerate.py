@@ -19,8 +19,8 @@ class Report:
     """What `accelerate` did.
 
     Attributes:
-        fused: name of each accelerated module -> what runs as one pass.
-        left: name of each module of a known kind that was left alone -> the reason.
+        fused: name of each accelerated module or scheduler -> what runs as one pass.
+        left: name of each one of a known kind that was left alone -> the reason.
     """
 
     fused: dict[str, str] = field(default_factory=dict)
@@ -162,11 +162,28 @@ def _roots(op: str, module: Any) -> dict[str, nn.Module]:
     )
 
 
+# --- which scheduler is whose ---------------------------------------------------------------
+
+_SCHEDULERS = ("diffusers.schedulers.scheduling_utils", "SchedulerMixin")
+
+
+def _schedulers(module: Any) -> dict[str, Any]:
+    """diffusers' schedulers among the components of a pipeline."""
+    if isinstance(module, nn.Module):
+        return {}
+    components: Mapping[Any, Any] = module.components
+    return {str(k): c for k, c in components.items() if isinstance(c, loaded(*_SCHEDULERS))}
+
+
 # --- the two functions ----------------------------------------------------------------------
 
 
 def accelerate(module: Any, *, freeze: bool = False) -> Report:
     """Let the chains of a model that have a fused op run as that op, in place.
+
+    Of a pipeline also the schedulers: each step is one fused pass (fastdiff.integrations.diffusers
+    says what stays equal). The scheduler is the same object with its config, timesteps and state,
+    and saves as diffusers' own.
 
     Weights stay where they are: `state_dict`, hooks, `isinstance`, `deepcopy`, pickling (by which
     the copy is accelerated too), `.to()`, `load_state_dict` and later changes of weights work as
@@ -191,8 +208,8 @@ def accelerate(module: Any, *, freeze: bool = False) -> Report:
             name and the default.
 
     Returns:
-        Which modules are accelerated now and which were left alone for what reason. A second call
-        changes nothing and gives the same report.
+        Which modules and schedulers are accelerated now and which were left alone for what reason.
+        A second call changes nothing and gives the same report.
 
     Raises:
         TypeError: module is neither, or freeze is no bool.
@@ -201,13 +218,29 @@ def accelerate(module: Any, *, freeze: bool = False) -> Report:
         raise TypeError(f"accelerate: freeze must be a bool, got {type(freeze).__name__}")
     report = Report()
     # all of it is planned before the first swap: a failure leaves the module as it was
-    for target, mixin, kept in list(_plan(_roots("accelerate", module), freeze, report)):
+    swaps = list(_plan(_roots("accelerate", module), freeze, report))
+    steps = []
+    for name, scheduler in _schedulers(module).items():
+        # only here, so that a model alone does not import diffusers
+        from fastdiff.integrations.diffusers import _exchange
+
+        reason = _exchange.refuse(scheduler)
+        if reason is None:
+            report.fused[name] = "step of the scheduler"
+            steps.append((_exchange.put_in, scheduler))
+        else:
+            report.left[name] = reason
+    for target, mixin, kept in swaps:
         swap(target, mixin, **kept)
+    for put_in, scheduler in steps:
+        put_in(scheduler)
     return report
 
 
 def restore(module: Any) -> None:
     """Undo `accelerate`: every module gets its own class back and with it the bits that it gave.
+
+    So does the scheduler of a pipeline, unless it was made as a drop-in.
 
     Args:
         module: as for `accelerate`, or a part of what was accelerated; others pass unchanged.
@@ -225,3 +258,7 @@ def restore(module: Any) -> None:
             )
     for target in targets:
         unswap(target)
+    for scheduler in _schedulers(module).values():
+        from fastdiff.integrations.diffusers import _exchange
+
+        _exchange.take_out(scheduler)

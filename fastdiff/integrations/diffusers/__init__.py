@@ -8,8 +8,11 @@ import inspect
 from typing import Any
 
 import diffusers
-from diffusers.configuration_utils import FrozenDict
 
+# the folder of a saved pipeline names this module, and diffusers then looks here for the base class
+from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin
+
+from fastdiff.integrations.diffusers._exchange import to_diffusers as to_diffusers
 from fastdiff.integrations.diffusers._noise import SOURCES
 from fastdiff.integrations.diffusers._plan import Runtime
 from fastdiff.integrations.diffusers._scheduler import DropIn
@@ -111,10 +114,8 @@ def drop_in(peer: Any, state: tuple[str, ...]) -> type:
             raise ValueError(f"{peer.__name__}: noise must be one of {SOURCES}, got {noise!r}")
         self._fastdiff = Runtime()
         peer.__init__(self, *args, **kwargs)
-        self.register_to_config(noise=noise)
-        if noise == "generator":  # a default is not handed on to other classes
-            left = [*self.config.get("_use_default_values", ()), "noise"]
-            self._internal_dict = FrozenDict({**self.config, "_use_default_values": left})
+        if noise != "generator":  # what is saved at the defaults is the file that diffusers saves
+            self.register_to_config(noise=noise)
 
     signature = inspect.signature(peer.__init__)
     own = inspect.Parameter("noise", inspect.Parameter.KEYWORD_ONLY, default="generator")
@@ -163,6 +164,7 @@ def drop_in(peer: Any, state: tuple[str, ...]) -> type:
             "_fd_output": base,
             "_fd_outputs": tuple(field.name for field in dataclasses.fields(base)),
             "_fd_learned": name in _LEARNED,
+            "_fd_indexed": "_step_index" in state,
             "_fd_by_value": name in _BY_VALUE,
             "_fd_trims": _TRIMS.get(name, ()),
             **more,
@@ -176,5 +178,13 @@ def _init_step_index(self: Any, timestep: Any) -> None:
     self._step_index = self.index_for_timestep(timestep) if begin is None else begin
 
 
-for _name, _state in _STATE.items():
-    globals()[_name] = drop_in(getattr(diffusers, _name), _state)
+def __getattr__(name: str) -> Any:
+    """A drop-in at its first use: some of diffusers' classes need packages that may be missing."""
+    if name not in _STATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # the class that another thread may just have made is the one that pickles
+    return globals().setdefault(name, drop_in(getattr(diffusers, name), _STATE[name]))
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_STATE})

@@ -173,8 +173,9 @@ class _Binding:
         self.places = {n: p for n, p in self.places.items() if n in needed}
         if self.written is not None and ANCHOR in self.places.values():
             (name,) = (n for n, p in self.places.items() if p == ANCHOR)
-            if name in self.retained:
-                raise NotAffine("it needs two tensors that a row can write")
+            if name in self.retained:  # the row writes another one there: it moves to a slot
+                self.places[name] = self._free()
+                self.copies.append((name, self.places[name]))
         self.limited = -1
         if self.quantile:
             self.limited = self.places[LIMITED] = self._free()
@@ -304,6 +305,7 @@ def bind(trace: Trace, places: dict[str, int], counter: int | None) -> Move:
         push=b.push,
         depth=HISTORY_SLOTS if max(used) >= 0 else 0,
         draws=drawn,
+        counted=b.counted,
         clip=b.clip,
         limited=b.limited,
         lazy=tuple(not set(f) - plain for f in trace.outputs[1:]),

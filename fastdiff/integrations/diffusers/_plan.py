@@ -92,9 +92,13 @@ class Runtime:
     """What a drop-in scheduler keeps of a run: buffers, and the tensors that its plan is good for.
 
     A copy of the scheduler starts with a new one: its tensors are then foreign, and copied once.
+
+    Args:
+        in_place: the scheduler was made as diffusers' class, and `restore` is to give it back.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, in_place: bool = False) -> None:
+        self.in_place = in_place
         self.plan: Plan | None = None
         self.token: tuple[Any, ...] = ()
         self.host: list[Any] = []
@@ -108,10 +112,10 @@ class Runtime:
         self.seeds: tuple[Any, Tensor] | None = None
 
     def __deepcopy__(self, memo: Any) -> Runtime:
-        return Runtime()
+        return Runtime(self.in_place)
 
     def __reduce__(self) -> Any:
-        return Runtime, ()
+        return Runtime, (self.in_place,)
 
     # --- the plan ---------------------------------------------------------------------------
 
@@ -232,6 +236,23 @@ def tensors_of(values: dict[str, Any], state: Sequence[str]) -> dict[str, Tensor
         elif isinstance(value, Tensor) and is_state(value):
             found[name] = value
     return found
+
+
+def as_theirs(
+    values: dict[str, Any], state: Sequence[str], runtime: Runtime, dtype: torch.dtype
+) -> None:
+    """Give what is kept in float32 the 16-bit type in which diffusers' own step would keep it."""
+
+    def cast(value: Any) -> Any:
+        ours = isinstance(value, Tensor) and runtime.place(value) != FOREIGN
+        return value.to(dtype) if ours else value
+
+    for name in state:
+        value = values.get(name)
+        if type(value) is list:
+            value[:] = map(cast, value)
+        elif value is not None:
+            values[name] = cast(value)
 
 
 def _pattern(part: Any) -> Any:

@@ -54,6 +54,7 @@ class DropIn:
     _fd_output: ClassVar[type]
     _fd_outputs: ClassVar[tuple[str, ...]]  # names of what step returns
     _fd_learned: ClassVar[bool]  # the model output may carry a variance
+    _fd_indexed: ClassVar[bool]  # the step goes by an index into the grid, not by the timestep
     _fd_by_value: ClassVar[bool]  # the step reads the timestep besides its index
     _fd_trims: ClassVar[tuple[tuple[str, int], ...]]  # (list, entries of it that are ever read)
 
@@ -85,7 +86,14 @@ class DropIn:
         assert plan is not None
         for name, length in self._fd_trims:
             del values[name][:-length]
-        call = self._call(model_output, timestep, sample, generator, named)
+        try:
+            call = self._call(model_output, timestep, sample, generator, named)
+        except (
+            IndexError
+        ):  # no timestep of the grid: diffusers' own step says what is wrong with it
+            named["return_dict"] = return_dict
+            named.update({} if generator is None else {"generator": generator})
+            return self._fd_peer.step(self, model_output, timestep, sample, **named)
         seen = signature(values, self._fd_state, runtime)
         move = plan.moves.get((call.key, seen))
         if (
@@ -123,7 +131,7 @@ class DropIn:
     ) -> Call:
         """The arguments sorted by kind, and the key of their numbers."""
         runtime = self._fastdiff
-        place = self.__dict__.get("_step_index", runtime)
+        place = self.__dict__.get("_step_index") if self._fd_indexed else runtime
         if place is None:
             self._init_step_index(timestep)
             place = self._step_index
@@ -166,11 +174,9 @@ class DropIn:
             return trace(self, self._fd_peer.step, self._fd_state, at, options, learned=learned)
 
         counter = None
-        if self.config.noise == "counter":
-            counter = self.__dict__.get("_step_index")
-            if counter is None:
-                host = runtime.host
-                counter = host.index(number) if number in host else int(number)
+        if self.config.get("noise") == "counter":
+            listed = runtime.host.index(number) if number in runtime.host else int(number)
+            counter = self._step_index if self._fd_indexed else listed
         held = tensors_of(self.__dict__, self._fd_state)
         places = {name: runtime.place(t) for name, t in (held | call.given).items()}
         return find(plan, call.key, seen, make, places, counter)

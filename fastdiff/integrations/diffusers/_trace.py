@@ -174,10 +174,15 @@ class _Recorder(TorchFunctionMode):
         return func(*args, **named)
 
 
-def _in_float64(scheduler: Any) -> Any:
-    """A copy of a scheduler on the CPU whose tables are in float64; its lists are its own."""
+def _in_float64(scheduler: Any, state: Sequence[str]) -> Any:
+    """A copy of a scheduler on the CPU whose tables are in float64; its lists are its own.
+
+    The tensors of its state are left where they are, as unit vectors will stand for them.
+    """
     twin = copy.copy(scheduler)
     for name, value in vars(scheduler).items():
+        if name in state and is_state(value):
+            continue
         if isinstance(value, Tensor):
             moved = value.detach().cpu()
             twin.__dict__[name] = moved.double() if value.is_floating_point() else moved
@@ -233,7 +238,17 @@ def trace(
             twin.__dict__[name][i] = vectors.of(symbol)
     recorder = _Recorder(vectors)
     if hasattr(twin, "_threshold_sample"):
-        twin.__dict__["_threshold_sample"] = lambda value: recorder.limited(value, None)
+        largest = twin.config.sample_max_value if twin.config.thresholding else 1.0
+
+        def threshold(value: Tensor) -> Tensor:
+            # below 1 every quantile is clamped to the bound, and it is a clip with a scale
+            return (
+                recorder.limited(value, largest) / largest
+                if largest < 1
+                else recorder.limited(value, None)
+            )
+
+        twin.__dict__["_threshold_sample"] = threshold
     if "noise_sampler" in vars(twin):
         twin.__dict__["noise_sampler"] = lambda a, b: recorder.draw((float(a), float(b)))
     output = vectors.of(OUTPUT)

@@ -1,0 +1,171 @@
+"""Points of diffusers' own contract at which a step can go wrong, one by one."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from budget import assert_within_budget
+from diffusers_float64 import Float32Draws, in_float64
+from torch import Tensor
+
+from fastdiff.integrations import diffusers as drop_ins
+from fastdiff.ops import randn
+from fastdiff.ops.noise import Stream
+
+STEPS = 8  # each of which rounds its result once: as many units in the last place
+X = torch.linspace(-2, 2, 2 * 3 * 4 * 4).view(2, 3, 4, 4)
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # diffusers' own
+        yield
+
+
+def _loop(scheduler: Any, x: Tensor, steps: int = STEPS) -> Tensor:
+    scheduler.set_timesteps(steps)
+    for t in scheduler.timesteps:
+        x = scheduler.step(torch.tanh(2 * x), t, x).prev_sample
+    return x
+
+
+def _three(name: str, dtype: torch.dtype, config: dict[str, Any]) -> list[Tensor]:
+    """A run by ours, by diffusers' own, and by that in float64."""
+    x = X.to(dtype)
+    got, want = (_loop(getattr(m, name)(**config), x) for m in (drop_ins, diffusers))
+    with Float32Draws():
+        exact = _loop(in_float64(getattr(diffusers, name)(**config)), x.double())
+    return [got, want, exact]
+
+
+_THRESHOLDED = (
+    "DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "DEISMultistepScheduler",
+    "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler",
+)  # fmt: skip
+
+
+# below 1 diffusers' clamp to [1, max] is the bound itself; at 1 the quantile has no say, at 2 some
+@pytest.mark.parametrize("largest", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("name", [n for n in _THRESHOLDED if n != "DDPMScheduler"])
+def test_thresholding_at_any_bound(name: str, largest: float) -> None:
+    config = {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": largest}
+    assert_within_budget(*_three(name, torch.float32, config), ulps=STEPS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", _THRESHOLDED)
+def test_thresholding_keeps_the_dtype(name: str, dtype: torch.dtype) -> None:
+    scheduler = getattr(drop_ins, name)(thresholding=True, dynamic_thresholding_ratio=0)
+    scheduler.set_timesteps(8)
+    x = X.to(dtype)
+    for t in scheduler.timesteps:
+        x = scheduler.step(torch.tanh(2 * x), t, x).prev_sample
+        assert x.dtype == dtype and x.isfinite().all()
+
+
+def test_diffusers_own_step_goes_on_from_16_bit_state() -> None:
+    """A call that is no row runs diffusers' step, on the state as diffusers would have kept it."""
+    dtypes = []
+    for module in (drop_ins, diffusers):
+        scheduler = module.DEISMultistepScheduler(solver_order=3)
+        scheduler.set_timesteps(8)
+        x = X.bfloat16()
+        for i, t in enumerate(scheduler.timesteps):
+            if i == 4 and module is drop_ins:
+                scheduler._fastdiff.plan.moves.clear()
+                scheduler.__dict__["_find"] = lambda *a: "this call is no row"
+            x = scheduler.step(torch.tanh(2 * x), t, x).prev_sample
+        dtypes.append(x.dtype)
+    assert dtypes == [torch.bfloat16] * 2
+
+
+def test_noise_that_a_later_step_reads_comes_from_the_same_counters() -> None:
+    scheduler = drop_ins.SASolverScheduler(noise="counter")
+    scheduler.set_timesteps(6)
+    generator, x = torch.Generator().manual_seed(5), X
+    for i, t in enumerate(scheduler.timesteps):
+        x = scheduler.step(torch.tanh(x), t, x, generator=generator).prev_sample
+        want = randn([5, 6], X.shape[1:], stream=Stream.STEP, step=2 * i)
+        assert torch.equal(scheduler.last_noise, want)
+    assert x.isfinite().all()
+    # one picture of the batch alone
+    alone = drop_ins.SASolverScheduler(noise="counter")
+    alone.set_timesteps(6)
+    generator, y = torch.Generator().manual_seed(6), X[1:]
+    for t in alone.timesteps:
+        y = alone.step(torch.tanh(y), t, y, generator=generator).prev_sample
+    assert torch.equal(y, x[1:])
+
+
+# classes that refuse a place in the grid in their step, and others that take any whole number
+@pytest.mark.parametrize(
+    "name", ["EDMEulerScheduler", "EulerDiscreteScheduler", "CMStochasticIterativeScheduler"]
+)
+def test_an_index_for_a_timestep_gets_diffusers_own_error(name: str) -> None:
+    for module in (diffusers, drop_ins):
+        scheduler = getattr(module, name)()
+        scheduler.set_timesteps(4)
+        with pytest.raises(ValueError, match="Passing integer indices"):
+            scheduler.step(torch.tanh(X), 0, X)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "PNDMScheduler"])
+def test_a_foreign_attribute_changes_nothing(name: str) -> None:
+    """Some code resets `_step_index` of whatever scheduler it is given."""
+    scheduler, other = getattr(drop_ins, name)(), getattr(drop_ins, name)()
+    scheduler._step_index = None
+    results = []
+    for each in (scheduler, other):
+        torch.manual_seed(0)
+        results.append(_loop(each, X))
+    assert torch.equal(*results)
+
+
+# leading axes only, tokens, sequences, video; a transposed sample
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.linspace(-1, 1, 12).view(4, 3),
+        torch.linspace(-1, 1, 48).view(2, 6, 4),
+        torch.linspace(-1, 1, 96).view(2, 3, 2, 2, 4),
+        torch.linspace(-1, 1, 96).view(3, 4, 4, 2).permute(3, 0, 1, 2),
+    ],
+    ids=["2 axes", "3 axes", "5 axes", "transposed"],
+)
+@pytest.mark.parametrize(
+    "name", ["DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"]
+)
+def test_shapes_and_strides(name: str, x: Tensor) -> None:
+    config: dict[str, Any] = {"prediction_type": "v_prediction"}
+    got, want = (_loop(getattr(m, name)(**config), x) for m in (drop_ins, diffusers))
+    exact = _loop(in_float64(getattr(diffusers, name)(**config)), x.double())
+    assert_within_budget(got, want, exact, ulps=STEPS)
+
+
+@pytest.mark.parametrize(
+    "name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler"]
+)
+def test_a_history_that_the_caller_puts_in(name: str) -> None:
+    """diffusers' own tests, and some pipelines, write the kept predictions."""
+    past = [0.1 * X + 0.2, 0.1 * X + 0.15, 0.1 * X + 0.1]
+    before = [p.clone() for p in past]
+
+    def go(scheduler: Any, x: Tensor) -> Tensor:
+        scheduler.set_timesteps(STEPS + 2)
+        scheduler.model_outputs = [p.to(x.dtype) for p in past]
+        scheduler.lower_order_nums = 3
+        if name == "UniPCMultistepScheduler":
+            scheduler.last_sample, scheduler.this_order = 0.9 * x, 3
+        for t in scheduler.timesteps[2:]:
+            x = scheduler.step(torch.tanh(x), t, x).prev_sample
+        return x
+
+    got, want = (go(getattr(m, name)(solver_order=3), X) for m in (drop_ins, diffusers))
+    exact = go(in_float64(getattr(diffusers, name)(solver_order=3)), X.double())
+    assert_within_budget(got, want, exact, ulps=STEPS)
+    assert all(torch.equal(p, b) for p, b in zip(past, before, strict=True))
