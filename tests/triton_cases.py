@@ -24,16 +24,16 @@ import triton.language as tl
 import triton_brownian
 from bits import assert_same_bits
 from budget import assert_within_budget
-from tables import Inputs, random_inputs, random_table, walk
-
-import fastdiff
-from fastdiff import randn, use_backend
 from fastdiff.kernels import _common
 from fastdiff.kernels import brownian as brownian_module
 from fastdiff.kernels import film_norm as film_module
 from fastdiff.kernels import noise as noise_module
 from fastdiff.kernels import reparameterize as vae_module
 from fastdiff.kernels import reverse_step as step_module
+from tables import Inputs, random_inputs, random_table, walk
+
+import fastdiff
+from fastdiff import randn, use_backend
 from fastdiff.ops import as_seeds, reparameterize, reverse_step
 from fastdiff.ops._film_checks import FilmNorm
 from fastdiff.reference.noise import normals

@@ -11,13 +11,12 @@ import traceback
 from collections.abc import Callable
 
 import torch
+from fastdiff.kernels import modulate as kernel
 from modulate_cases import (
     BACKEND_CASES,
     assert_backend_is_right,
     assert_constant_tokens_become_the_shift,
 )
-
-from fastdiff.kernels import modulate as kernel
 
 CASES: dict[str, Callable[[], None]] = {
     name: lambda case=case: assert_backend_is_right("triton", torch.device("cpu"), *case)

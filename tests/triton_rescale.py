@@ -8,10 +8,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 from budget import assert_within_budget
-
-from fastdiff import use_backend
 from fastdiff.kernels import _common
 from fastdiff.kernels import guidance_rescale as kernel
+
+from fastdiff import use_backend
 from fastdiff.ops import guidance_rescale
 from fastdiff.reference.guidance_rescale import guidance_rescale as exact_rescale
 
