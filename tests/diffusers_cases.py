@@ -7,6 +7,7 @@ diffusers' default.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import diffusers
@@ -382,6 +383,7 @@ def made(cls: Any, row: Row) -> Any:
     return scheduler
 
 
+@functools.cache
 def cases(name: str) -> tuple[list[Row], list[Row]]:
     """The rows of a class that diffusers takes, and those that it refuses."""
     peer = getattr(diffusers, name)
