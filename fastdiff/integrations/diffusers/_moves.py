@@ -305,7 +305,6 @@ def bind(trace: Trace, places: dict[str, int], counter: int | None) -> Move:
         push=b.push,
         depth=HISTORY_SLOTS if max(used) >= 0 else 0,
         draws=drawn,
-        counted=b.counted,
         clip=b.clip,
         limited=b.limited,
         lazy=tuple(not set(f) - plain for f in trace.outputs[1:]),

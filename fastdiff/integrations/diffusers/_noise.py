@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdiff.integrations._torch_noise import fill_, randn
 from fastdiff.ops.brownian import brownian
-from fastdiff.ops.noise import Stream, as_seeds, randn
+from fastdiff.ops.noise import as_seeds
 from fastdiff.path_noise import PATH
 
 _FAST = (torch.float32, torch.bfloat16, torch.float16)

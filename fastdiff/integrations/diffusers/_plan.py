@@ -238,23 +238,6 @@ def tensors_of(values: dict[str, Any], state: Sequence[str]) -> dict[str, Tensor
     return found
 
 
-def as_theirs(
-    values: dict[str, Any], state: Sequence[str], runtime: Runtime, dtype: torch.dtype
-) -> None:
-    """Give what is kept in float32 the 16-bit type in which diffusers' own step would keep it."""
-
-    def cast(value: Any) -> Any:
-        ours = isinstance(value, Tensor) and runtime.place(value) != FOREIGN
-        return value.to(dtype) if ours else value
-
-    for name in state:
-        value = values.get(name)
-        if type(value) is list:
-            value[:] = map(cast, value)
-        elif value is not None:
-            values[name] = cast(value)
-
-
 def _pattern(part: Any) -> Any:
     """The signature without the places."""
     if isinstance(part, tuple):

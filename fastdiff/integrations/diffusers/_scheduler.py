@@ -93,7 +93,7 @@ class DropIn:
         ):  # no timestep of the grid: diffusers' own step says what is wrong with it
             named["return_dict"] = return_dict
             named.update({} if generator is None else {"generator": generator})
-            return self._fd_peer.step(self, model_output, timestep, sample, **named)
+            return self._fd_peer.step(self, model_output, timestep=timestep, sample=sample, **named)
         seen = signature(values, self._fd_state, runtime)
         move = plan.moves.get((call.key, seen))
         if (
@@ -358,7 +358,7 @@ class DropIn:
     def _sampler(self, call: Call) -> Any:
         """The noise sampler, made at its first use as diffusers does."""
         if self.__dict__["noise_sampler"] is None:
-            if self.config.noise == "counter":
+            if self.config.get("noise") == "counter":
                 made: Any = CounterPath(self._seeds(call.generator, call.sample), call.sample)
             else:
                 made = brownian_tree(self, call.generator, call.sample, call.model_output)
@@ -379,7 +379,7 @@ class DropIn:
     def __copy__(self) -> Any:
         """A shallow copy with buffers of its own."""
         twin = self.__class__.__new__(self.__class__)
-        twin.__dict__.update(self.__dict__, _fastdiff=Runtime())
+        twin.__dict__.update(self.__dict__, _fastdiff=Runtime(self._fastdiff.in_place))
         for name in self._fd_state:
             value = self.__dict__.get(name)
             if isinstance(value, Tensor) and self._fastdiff.place(value) != FOREIGN:

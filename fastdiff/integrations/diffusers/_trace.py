@@ -220,7 +220,7 @@ def trace(
     """
     if getattr(scheduler, "solver_p", None) is not None:
         raise NotAffine("it steps another scheduler, which keeps a state of its own")
-    twin = _in_float64(scheduler)
+    twin = _in_float64(scheduler, state)
     held: dict[str, tuple[str, int | None]] = {}
     for name in state:
         value = vars(scheduler).get(name)
