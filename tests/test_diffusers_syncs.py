@@ -82,7 +82,11 @@ def _run(scheduler: Any, device: str = "cpu", debug: bool = False) -> Ops:
     for t in scheduler.timesteps[: steps if two else None]:
         m = torch.tanh(x)
         with ops:
-            x = scheduler.step(m, t, x, **more, return_dict=False)[0]
+            if "timestep_back" in named:
+                more["old_pred_original_sample"] = None
+                x = scheduler.step(m, timestep=t, timestep_back=None, sample=x, **more)[0]
+            else:
+                x = scheduler.step(m, t, x, **more, return_dict=False)[0]
     if debug:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(x).all()

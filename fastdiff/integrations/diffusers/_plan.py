@@ -33,11 +33,13 @@ class Plan:
         traces: (place, options, which state is there) -> the call's map, or why it has none.
         moves: that and the slots of the state -> the rows, or why there are none.
         answers: (call, dtypes of sample and output) -> what diffusers does on these.
+        numbers: id of a number in a tensor that a step leaves -> the tensor, the number.
     """
 
     traces: dict[Any, Trace | str] = field(default_factory=dict)
     moves: dict[Any, Move | str] = field(default_factory=dict)
     answers: dict[Any, Any] = field(default_factory=dict)
+    numbers: dict[int, tuple[Tensor, Any]] = field(default_factory=dict)
 
 
 _plans: OrderedDict[Any, Plan] = OrderedDict()
@@ -217,7 +219,11 @@ def signature(values: dict[str, Any], state: Sequence[str], runtime: Runtime) ->
 
     def part(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return _PLACES[runtime.place(value)] if value.dim() else value.item()
+            if value.dim():
+                return _PLACES[runtime.place(value)]
+            # a number of diffusers' own that an earlier step left is known by its identity
+            known = runtime.plan.numbers.get(id(value)) if runtime.plan else None
+            return runtime.number(value) if known is None else known[1]
         return value
 
     return tuple(
@@ -243,6 +249,13 @@ def _pattern(part: Any) -> Any:
     if isinstance(part, tuple):
         return tuple(map(_pattern, part))
     return "tensor" if part in _PLACES else part
+
+
+def _parts(kind: str, what: Any) -> list[Any]:
+    """The plain values that an attribute holds after a move."""
+    if kind == "list":
+        return [value for part in what for value in _parts(*part)]
+    return [what] if kind == "value" else []
 
 
 def find(
@@ -278,7 +291,10 @@ def find(
             move = bind(found, places, counter)
         except NotAffine as error:
             move = str(error)
-    if isinstance(move, Move) and fits(move):
-        move.quick = Quick(move)
+    if isinstance(move, Move):
+        held = [part for _, (kind, what) in move.kept for part in _parts(kind, what)]
+        plan.numbers.update((id(t), (t, t.item())) for t in held if isinstance(t, Tensor))
+        if fits(move):
+            move.quick = Quick(move)
     plan.moves[call, seen] = move
     return move
