@@ -9,7 +9,9 @@ from typing import Any
 
 import diffusers
 from diffusers.configuration_utils import FrozenDict
+from torch.compiler import is_dynamo_compiling
 
+from fastdiff.integrations.diffusers import _compiled, _program
 from fastdiff.integrations.diffusers._noise import SOURCES
 from fastdiff.integrations.diffusers._plan import Runtime
 from fastdiff.integrations.diffusers._scheduler import DropIn
@@ -92,6 +94,7 @@ def drop_in(peer: Any, state: tuple[str, ...]) -> type:
         if noise == "generator":  # a default is not handed on to other classes
             left = [*self.config.get("_use_default_values", ()), "noise"]
             self._internal_dict = FrozenDict({**self.config, "_use_default_values": left})
+        _program.reset(self)
 
     signature = inspect.signature(peer.__init__)
     own = inspect.Parameter("noise", inspect.Parameter.KEYWORD_ONLY, default="generator")
@@ -106,12 +109,15 @@ def drop_in(peer: Any, state: tuple[str, ...]) -> type:
         return run(self, model_output, timestep, sample, rest, named)
 
     more: dict[str, Any] = {}
+    for method, then in (("set_timesteps", _program.reset), ("set_begin_index", _program.begun)):
+        if hasattr(peer, method):
+            more[method] = _followed(getattr(peer, method), then)
     lookup = getattr(peer, "index_for_timestep", None)
     if lookup is None or "schedule_timesteps" not in inspect.signature(lookup).parameters:
         if hasattr(peer, "_init_step_index"):
-            more["_init_step_index"] = peer._init_step_index
+            more["_init_step_index"] = _or_in_graph(peer._init_step_index)
         elif lookup is not None:
-            more["_init_step_index"] = _init_step_index
+            more["_init_step_index"] = _or_in_graph(_init_step_index)
     base = _output_class(peer)
     name = peer.__name__
     return type(
@@ -134,6 +140,30 @@ def drop_in(peer: Any, state: tuple[str, ...]) -> type:
             **more,
         },
     )
+
+
+def _followed(method: Any, then: Any) -> Any:
+    """diffusers' method, and what the drop-in does behind it."""
+
+    @functools.wraps(method)
+    def both(self: Any, *args: Any, **kwargs: Any) -> None:
+        method(self, *args, **kwargs)
+        then(self)
+
+    return both
+
+
+def _or_in_graph(init_step_index: Any) -> Any:
+    """diffusers' lookup of the first step, which a graph can not make."""
+
+    @functools.wraps(init_step_index)
+    def run(self: Any, timestep: Any) -> None:
+        if is_dynamo_compiling():
+            _compiled.start(self, timestep)
+        else:
+            init_step_index(self, timestep)
+
+    return run
 
 
 def _init_step_index(self: Any, timestep: Any) -> None:

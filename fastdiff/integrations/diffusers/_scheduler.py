@@ -7,9 +7,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from fastdiff.backends import forced
-from fastdiff.integrations.diffusers import _quick
+from fastdiff.integrations.diffusers import _compiled, _quick
 from fastdiff.integrations.diffusers._moves import ANCHOR, Move
 from fastdiff.integrations.diffusers._noise import CounterPath, brownian_tree, drawn, seeds_of
 from fastdiff.integrations.diffusers._outputs import Later, LaterTuple, later_output
@@ -83,6 +84,8 @@ class DropIn:
     ) -> Any:
         if rest:
             named.update(zip(self._fd_names, rest, strict=False))
+        if is_dynamo_compiling():
+            return _compiled.step(self, model_output, timestep, sample, named)
         graded = torch.is_grad_enabled()
         if not isinstance(sample, Tensor) or (
             graded and (sample.requires_grad or model_output.requires_grad)
@@ -364,6 +367,9 @@ class DropIn:
 
     def _init_step_index(self, timestep: Any) -> None:
         """As diffusers does it, but on the host: its own asks the device."""
+        if is_dynamo_compiling():
+            _compiled.start(self, timestep)
+            return
         begin = self.__dict__.get("_begin_index")
         if begin is not None:
             self._step_index = begin
