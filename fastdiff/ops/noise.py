@@ -246,9 +246,7 @@ def _fake(seeds: torch.Tensor, shape: Sequence[int], *_: Any) -> torch.Tensor:
 
 # float32 noise on the device of the seeds; a counter in a tensor is for graphs that do not know it
 _LIBRARY: Any = torch.library.Library("fastdiff", "FRAGMENT")  # type: ignore[no-untyped-call]
-for _overload, _kind, _run in (("", "SymInt", _at), (".tensor", "Tensor", _at_tensor)):
-    _LIBRARY.define(
-        f"randn{_overload}(Tensor seeds, SymInt[] shape, {_kind} step, int stream) -> Tensor"
-    )
-    _LIBRARY.impl(f"randn{_overload}", _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastdiff::randn{_overload}", _fake, lib=_LIBRARY)
+for _name, _kind, _run in (("randn", "SymInt", _at), ("randn_at", "Tensor", _at_tensor)):
+    _LIBRARY.define(f"{_name}(Tensor seeds, SymInt[] shape, {_kind} step, int stream) -> Tensor")
+    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastdiff::{_name}", _fake, lib=_LIBRARY)

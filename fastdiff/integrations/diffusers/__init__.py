@@ -94,7 +94,6 @@ def drop_in(peer: Any, state: tuple[str, ...]) -> type:
         if noise == "generator":  # a default is not handed on to other classes
             left = [*self.config.get("_use_default_values", ()), "noise"]
             self._internal_dict = FrozenDict({**self.config, "_use_default_values": left})
-        _program.reset(self)
 
     signature = inspect.signature(peer.__init__)
     own = inspect.Parameter("noise", inspect.Parameter.KEYWORD_ONLY, default="generator")

@@ -27,7 +27,7 @@ _FIRST = (
 
 def start(self: Any, timestep: Any) -> None:
     """Choose the first step: a graph can not look it up, so without a begin index it is step 0."""
-    if self._begin_index is None:
+    if getattr(self, "_begin_index", None) is None:
         torch._assert_async(self.timesteps[0] == timestep, _FIRST)
     self._step_index = _program.first(self)
 
@@ -200,4 +200,5 @@ def _counter_noise(self: Any, generator: Any, like: Tensor, at: Any, k: int) -> 
         seeds = torch.randint(2**62, ()) + torch.arange(like.shape[0])
         runtime.seeds = of, seeds.to(like.device)
     step = len(NOISE) * at + k
-    return torch.ops.fastdiff.randn(runtime.seeds[1], like.shape[1:], step, int(Stream.STEP))
+    draw = torch.ops.fastdiff.randn_at if isinstance(at, Tensor) else torch.ops.fastdiff.randn
+    return draw(runtime.seeds[1], like.shape[1:], step, int(Stream.STEP))

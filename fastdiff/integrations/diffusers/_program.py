@@ -9,6 +9,7 @@ or a new scheduler of the same class finds the graph made.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import weakref
 from typing import Any, NamedTuple
@@ -134,6 +135,8 @@ def _walk(scheduler: Any, plan: Plan, key: Key, position: str | None) -> list[_S
 
     peer, state, runtime = scheduler._fd_peer, scheduler._fd_state, scheduler._fastdiff
     twin = copy.copy(scheduler)
+    for name in state:
+        twin.__dict__.pop(name, None)
     for name, value in runtime.fresh.items():
         twin.__dict__[name] = list(value) if type(value) is list else value
     start = 0 if position is None else first(scheduler)
@@ -270,11 +273,30 @@ def position_of(state: tuple[str, ...]) -> str | None:
     return None
 
 
+def _alike(steps: list[_Step]) -> list[_Step]:
+    """Steps that all draw the noise which some of them draw: a graph does not know which it is."""
+    draws = max([step.trace.draws for step in steps], key=len, default=[])
+    learned = any([step.trace.log_variance is not None for step in steps])
+    return [
+        step._replace(
+            trace=dataclasses.replace(
+                step.trace,
+                draws=draws,
+                log_variance=(step.trace.log_variance or (0.0, 0.0)) if learned else None,
+            )
+        )
+        for step in steps
+    ]
+
+
 def _build(scheduler: Any, plan: Plan, key: Key) -> tuple[Any, Tensor]:
     """Spans and table of a run."""
     position = position_of(scheduler._fd_state)
     host = scheduler._fastdiff.host
-    laid = [_Laid(step) for step in _walk(scheduler, plan, key, position)]
+    steps = _walk(scheduler, plan, key, position)
+    if position is None:
+        steps = _alike(steps)
+    laid = [_Laid(step) for step in steps]
     groups: dict[Any, list[_Laid]] = {}
     for one in laid:
         groups.setdefault(one.skeleton, []).append(one)
@@ -316,7 +338,7 @@ _wanted: dict[str, set[Key]] = {}
 def prepare(name: str, parts: tuple[Any, ...]) -> None:
     """Called while a step is traced: programs for all schedulers of the class of that name.
 
-    For all of them, since a graph must not depend on one; ``parts`` are those of the `Key`.
+    For all that were given a grid, since a graph must not depend on one; ``parts`` are those of the `Key`.
     """
     key = Key(*parts)
     for scheduler in list(_live):
@@ -335,7 +357,11 @@ def _program(scheduler: Any, key: Key) -> None:
     device = scheduler.timesteps.device
     parts = plan.programs.get((key, start, device))
     if parts is None:
-        parts = plan.programs[key, start, device] = _build(scheduler, plan, key)
+        try:
+            parts = plan.programs[key, start, device] = _build(scheduler, plan, key)
+        except Exception:  # of diffusers' step: it is raised again by whoever calls it
+            runtime.programs.pop(key, None)
+            return
     runtime.programs[key] = Program(scheduler, start, *parts)
 
 
