@@ -67,6 +67,13 @@ _TRIMS = {"IPNDMScheduler": (("ets", 3),)}
 # whose model output may carry a variance
 _LEARNED = frozenset(("DDPMScheduler", "DDPMParallelScheduler", "UnCLIPScheduler"))
 
+# methods of diffusers' after which the programs for `torch.compile` are others
+_FOLLOWED = {
+    "set_timesteps": _program.reset,
+    "set_begin_index": _program.changed,
+    "register_to_config": _program.changed,
+}
+
 
 def _output_class(peer: Any) -> type:
     """The class of what `step` returns."""
@@ -108,7 +115,7 @@ def drop_in(peer: Any, state: tuple[str, ...]) -> type:
         return run(self, model_output, timestep, sample, rest, named)
 
     more: dict[str, Any] = {}
-    for method, then in (("set_timesteps", _program.reset), ("set_begin_index", _program.begun)):
+    for method, then in _FOLLOWED.items():
         if hasattr(peer, method):
             more[method] = _followed(getattr(peer, method), then)
     lookup = getattr(peer, "index_for_timestep", None)

@@ -61,9 +61,8 @@ def step(
             "tensor" if isinstance(timestep, Tensor) else type(timestep).__name__,
             sample.dtype, model_output.dtype, learned, tuple(given), tuple(numbers),
         )  # fmt: skip
-        _program.prepare(type(self).__name__, key)
-        program = self._fastdiff.programs.get(key)
-        if program is not None and program.current(self):
+        program = getattr(self._fastdiff, _program.prepare(type(self).__name__, key), None)
+        if program is not None and program.follows(self):
             kind, row = _lookup(self, program, position, timestep, sample)
     if kind is None or not kind.affine:
         if "generator" in self._fd_names:

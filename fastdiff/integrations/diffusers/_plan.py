@@ -100,7 +100,6 @@ class Runtime:
         self.like: Any = None
         self.seeds: tuple[Any, Tensor] | None = None
         self.fresh: dict[str, Any] = {}  # the state before the first step of a run
-        self.programs: dict[Any, Any] = {}  # for `torch.compile`, see `_program`
 
     def __deepcopy__(self, memo: Any) -> Runtime:
         return Runtime()

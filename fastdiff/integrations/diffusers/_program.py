@@ -79,22 +79,17 @@ class Program:
     """
 
     def __init__(self, scheduler: Any, start: int, spans: Any, table: Tensor) -> None:
-        self.config, self.timesteps, self.sigmas = _grid(scheduler)
+        self.config, self.timesteps = scheduler._internal_dict, scheduler.timesteps
+        self.sigmas = getattr(scheduler, "sigmas", None)
         self.start, self.spans, self.table = start, spans, table
 
-    def current(self, scheduler: Any) -> bool:
-        """Whether it is good for what the scheduler is set to now."""
-        config, timesteps, sigmas = _grid(scheduler)
+    def follows(self, scheduler: Any) -> bool:
+        """Whether it is good for the grid of the scheduler; asked in graphs."""
         return (
-            self.config is config
-            and self.timesteps is timesteps
-            and self.sigmas is sigmas
+            self.timesteps is scheduler.timesteps
+            and self.sigmas is getattr(scheduler, "sigmas", None)
             and self.start == first(scheduler)
         )
-
-
-def _grid(scheduler: Any) -> tuple[Any, Any, Any]:
-    return scheduler._internal_dict, scheduler.timesteps, getattr(scheduler, "sigmas", None)
 
 
 def first(scheduler: Any) -> int:
@@ -332,11 +327,14 @@ def _build(scheduler: Any, plan: Plan, key: Key) -> tuple[Any, Tensor]:
 
 _live: weakref.WeakSet[Any] = weakref.WeakSet()
 _wanted: dict[str, set[Key]] = {}
+_slots: dict[Key, int] = {}
 
 
 @torch.compiler.assume_constant_result
-def prepare(name: str, parts: tuple[Any, ...]) -> None:
+def prepare(name: str, parts: tuple[Any, ...]) -> str:
     """Called while a step is traced: programs for all schedulers of the class of that name.
+
+    The result is the attribute of `Runtime` that they are in.
 
     For all that were given a grid, since a graph must not depend on one; ``parts`` are those of the `Key`.
     """
@@ -345,12 +343,17 @@ def prepare(name: str, parts: tuple[Any, ...]) -> None:
         if type(scheduler).__name__ == name:
             _program(scheduler, key)
     _wanted.setdefault(name, set()).add(key)
+    return _slot(key)
+
+
+def _slot(key: Key) -> str:
+    return f"program_{_slots.setdefault(key, len(_slots))}"
 
 
 def _program(scheduler: Any, key: Key) -> None:
-    runtime = scheduler._fastdiff
-    found = runtime.programs.get(key)
-    if found is not None and found.current(scheduler):
+    runtime, slot = scheduler._fastdiff, _slot(key)
+    found = getattr(runtime, slot, None)
+    if found is not None and found.follows(scheduler) and found.config is scheduler._internal_dict:
         return
     plan = runtime.plan if runtime.current(scheduler) else scheduler._refresh()
     start = first(scheduler)
@@ -360,13 +363,15 @@ def _program(scheduler: Any, key: Key) -> None:
         try:
             parts = plan.programs[key, start, device] = _build(scheduler, plan, key)
         except Exception:  # of diffusers' step: it is raised again by whoever calls it
-            runtime.programs.pop(key, None)
+            setattr(runtime, slot, None)
             return
-    runtime.programs[key] = Program(scheduler, start, *parts)
+    setattr(runtime, slot, Program(scheduler, start, *parts))
 
 
-def begun(scheduler: Any) -> None:
-    """Called when the first step of the run was chosen."""
+def changed(scheduler: Any) -> None:
+    """Called when the config or the first step of the run is another."""
+    if scheduler not in _live:
+        return
     for key in _wanted.get(type(scheduler).__name__, ()):
         _program(scheduler, key)
 
@@ -377,6 +382,6 @@ def reset(scheduler: Any) -> None:
     held = {name: values[name] for name in scheduler._fd_state if name in values}
     scheduler._fastdiff.fresh = {n: list(v) if type(v) is list else v for n, v in held.items()}
     _live.add(scheduler)
-    begun(scheduler)
+    changed(scheduler)
 
 
