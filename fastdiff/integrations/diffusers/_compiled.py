@@ -17,6 +17,7 @@ from fastdiff.integrations.diffusers._noise import drawn
 from fastdiff.integrations.diffusers._program import Kind
 from fastdiff.integrations.diffusers._trace import LIMITED, NOISE, OUTPUT, SAMPLE, VARIANCE
 from fastdiff.ops.noise import Stream
+from fastdiff.reference.dynamic_threshold import dynamic_threshold
 
 _HALVES = (torch.bfloat16, torch.float16)
 _FIRST = (
@@ -90,7 +91,9 @@ def _lookup(
             return _program.kind(number), rows[0]
         return None, None
     at = getattr(self, position)
-    seen = tuple([_program.pattern(getattr(self, n, None)) for n in _program.patterned(self._fd_state)])
+    seen = tuple(
+        [_program.pattern(getattr(self, n, None)) for n in _program.patterned(self._fd_state)]
+    )
     for begin, end, number in program.spans:
         # the pattern first: comparisons of the step go into the guards
         if _program.kind(number).before == seen and begin <= at < end:
@@ -105,7 +108,7 @@ def _lookup(
 def _run(
     self: Any,
     kind: Kind,
-    row: Tensor,
+    row: Any,
     position: str | None,
     model_output: Tensor,
     timestep: Any,
@@ -133,9 +136,12 @@ def _run(
     if kind.limit is not None:
         form, bound = kind.limit
         limited = combined(form)
-        tensors[LIMITED] = (
-            self._threshold_sample(limited) if bound is None else limited.clamp(-bound, bound)
-        )
+        if bound is None:
+            config = self.config
+            ratio, top = config.dynamic_thresholding_ratio, config.sample_max_value
+            tensors[LIMITED] = dynamic_threshold(limited, ratio, top)[0]
+        else:
+            tensors[LIMITED] = limited.clamp(-bound, bound)
     for k, in_float32 in enumerate(kind.draws):
         like = model_output if variance is None else variance
         if self.config.noise == "counter":
@@ -200,4 +206,5 @@ def _counter_noise(self: Any, generator: Any, like: Tensor, at: Any, k: int) -> 
         runtime.seeds = of, seeds.to(like.device)
     step = len(NOISE) * at + k
     draw = torch.ops.fastdiff.randn_at if isinstance(at, Tensor) else torch.ops.fastdiff.randn
-    return draw(runtime.seeds[1], like.shape[1:], step, int(Stream.STEP))
+    noise: Tensor = draw(runtime.seeds[1], like.shape[1:], step, int(Stream.STEP))
+    return noise

@@ -12,15 +12,23 @@ import copy
 import dataclasses
 import itertools
 import weakref
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastdiff.integrations.diffusers._plan import _OWN, Plan, signature, traced
-from fastdiff.integrations.diffusers._trace import TIMESTEP, Form, Trace, is_state, trace
+from fastdiff.integrations.diffusers._trace import TIMESTEP, Form, Trace, trace
 
+F = TypeVar("F", bound=Callable[..., Any])
 POSITIONS = ("_step_index", "counter")  # attributes that say where in its run a scheduler stands
+
+
+def _constant(function: F) -> F:
+    """Called when a graph is traced, and its result is part of the graph."""
+    marked: F = torch.compiler.assume_constant_result(function)  # type: ignore[no-untyped-call]
+    return marked
 
 
 class Key(NamedTuple):
@@ -235,19 +243,19 @@ def _kind(group: list[_Laid]) -> tuple[Kind, int]:
     if spanned:
         return Kind(before, affine=False), 0
     column = itertools.count(numbers + 1)  # column 0 is the place in the run
-    forms = tuple([
-        tuple([(name, next(column)) for name in dict.fromkeys(n for g in group for n in g.forms[k])])
-        for k in range(count)
-    ])  # fmt: skip
+    forms = []
+    for k in range(count):
+        names = dict.fromkeys(name for one in group for name in one.forms[k])
+        forms.append(tuple([(name, next(column)) for name in names]))
     variance = (numbers - 1, numbers) if learned else None
-    return Kind(before, forms, dtypes, limit, draws, variance, head.kept), next(column)
+    return Kind(before, tuple(forms), dtypes, limit, draws, variance, head.kept), next(column)
 
 
 _numbered: dict[Kind, int] = {}
 _kinds: list[Kind] = []
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def kind(number: int) -> Kind:
     """The kind by the number that stands for it in `Program.spans`."""
     return _kinds[number]
@@ -271,7 +279,7 @@ def position_of(state: tuple[str, ...]) -> str | None:
 def _alike(steps: list[_Step]) -> list[_Step]:
     """Steps that all draw the noise which some of them draw: a graph does not know which it is."""
     draws = max([step.trace.draws for step in steps], key=len, default=[])
-    learned = any([step.trace.log_variance is not None for step in steps])
+    learned = any(step.trace.log_variance is not None for step in steps)
     return [
         step._replace(
             trace=dataclasses.replace(
@@ -330,13 +338,14 @@ _wanted: dict[str, set[Key]] = {}
 _slots: dict[Key, int] = {}
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def prepare(name: str, parts: tuple[Any, ...]) -> str:
     """Called while a step is traced: programs for all schedulers of the class of that name.
 
     The result is the attribute of `Runtime` that they are in.
 
-    For all that were given a grid, since a graph must not depend on one; ``parts`` are those of the `Key`.
+    For all that were given a grid, since a graph must not depend on one; ``parts`` are those of the
+    `Key`.
     """
     key = Key(*parts)
     for scheduler in list(_live):
@@ -383,5 +392,3 @@ def reset(scheduler: Any) -> None:
     scheduler._fastdiff.fresh = {n: list(v) if type(v) is list else v for n, v in held.items()}
     _live.add(scheduler)
     changed(scheduler)
-
-

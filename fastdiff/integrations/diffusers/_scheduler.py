@@ -342,6 +342,7 @@ class DropIn:
                 noise = randn(
                     self._seeds(call.generator, like), like.shape[1:],
                     step=len(NOISE) * move.drawn_at + k, stream=Stream.STEP, device=like.device,
+                    dtype=torch.float32 if in_float32 else like.dtype,
                 )  # fmt: skip
             else:
                 noise = drawn(like, call.generator, torch.float32 if in_float32 else like.dtype)
@@ -406,9 +407,10 @@ class DropIn:
             if isinstance(call.timestep, Tensor):
                 at = torch.tensor(at, dtype=call.timestep.dtype)
             output = torch.zeros(1, 1 + call.learned, 1, 1, dtype=call.model_output.dtype)
-            asked = call._replace(
-                generator=torch.Generator(), given=dict.fromkeys(call.given, tiny)
-            )
+            given = dict.fromkeys(call.given, tiny)
+            # noise of the caller's goes with no generator
+            generator = None if "variance_noise" in given else torch.Generator()
+            asked = call._replace(generator=generator, given=given)
             theirs = asked.theirs(self._fd_names, False)
             outputs = self._fd_peer.step(twin, output, at, tiny, **theirs)
             found = plan.answers[key] = Answer(tuple(t.dtype for t in outputs), spans)
