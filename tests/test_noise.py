@@ -325,3 +325,14 @@ def test_the_stream_is_frozen() -> None:
         == "0a50564f3c7065783a334af5e33b695e19f0fa43bb3f1430dfb2fe820776e74f"
     )
     assert fastdiff.randn is randn
+
+
+def test_graphs_have_the_noise_as_an_operation() -> None:
+    seeds = as_seeds([3, 2**64 - 1])
+    expected = randn(seeds, (2, 5), step=7, stream=1)
+    for op, step in (
+        (torch.ops.fastdiff.randn, 7),
+        (torch.ops.fastdiff.randn_at, torch.tensor(7)),  # a graph may not know the number
+    ):
+        assert torch.equal(op(seeds, (2, 5), step, 1), expected)
+        torch.library.opcheck(op.default, (seeds, (2, 5), step, 1))

@@ -225,3 +225,28 @@ def randn(
     draw = prepare(seeds, shape, step=step, stream=stream, dtype=dtype, device=device, out=out)
     choose(OP, draw)[1](draw)
     return draw.out
+
+
+# --- for graphs -----------------------------------------------------------------------------
+
+
+def _at(seeds: torch.Tensor, shape: Sequence[int], step: int, stream: int) -> torch.Tensor:
+    return randn(seeds, tuple(shape), step=step, stream=stream, device=seeds.device)
+
+
+def _at_tensor(
+    seeds: torch.Tensor, shape: Sequence[int], step: torch.Tensor, stream: int
+) -> torch.Tensor:
+    return _at(seeds, shape, int(step), stream)
+
+
+def _fake(seeds: torch.Tensor, shape: Sequence[int], *_: Any) -> torch.Tensor:
+    return torch.empty((seeds.shape[0], *shape), dtype=torch.float32, device=seeds.device)
+
+
+# float32 noise on the device of the seeds; a counter in a tensor is for graphs that do not know it
+_LIBRARY: Any = torch.library.Library("fastdiff", "FRAGMENT")  # type: ignore[no-untyped-call]
+for _name, _kind, _run in (("randn", "SymInt", _at), ("randn_at", "Tensor", _at_tensor)):
+    _LIBRARY.define(f"{_name}(Tensor seeds, SymInt[] shape, {_kind} step, int stream) -> Tensor")
+    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastdiff::{_name}", _fake, lib=_LIBRARY)

@@ -11,7 +11,9 @@ import diffusers
 
 # the folder of a saved pipeline names this module, and diffusers then looks here for the base class
 from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin
+from torch.compiler import is_dynamo_compiling
 
+from fastdiff.integrations.diffusers import _compiled, _program
 from fastdiff.integrations.diffusers._exchange import to_diffusers as to_diffusers
 from fastdiff.integrations.diffusers._noise import SOURCES
 from fastdiff.integrations.diffusers._plan import Runtime
@@ -90,6 +92,12 @@ LEFT_OUT = {
 }
 """diffusers' schedulers that have no drop-in, and why."""
 _FIRST = ("model_output", "timestep", "sample")
+# methods of diffusers' after which the programs for `torch.compile` are others
+_FOLLOWED = {
+    "set_timesteps": _program.reset,
+    "set_begin_index": _program.changed,
+    "register_to_config": _program.changed,
+}
 
 
 def _output_class(peer: Any) -> type:
@@ -141,12 +149,15 @@ def drop_in(peer: Any, state: tuple[str, ...]) -> type:
 
     order = tuple(parameters)[1:]
     more: dict[str, Any] = {}
+    for method, then in _FOLLOWED.items():
+        if hasattr(peer, method):
+            more[method] = _followed(getattr(peer, method), then)
     lookup = getattr(peer, "index_for_timestep", None)
     if lookup is None or "schedule_timesteps" not in inspect.signature(lookup).parameters:
         if hasattr(peer, "_init_step_index"):
-            more["_init_step_index"] = peer._init_step_index
+            more["_init_step_index"] = _or_in_graph(peer._init_step_index)
         elif lookup is not None:
-            more["_init_step_index"] = _init_step_index
+            more["_init_step_index"] = _or_in_graph(_init_step_index)
     base = _output_class(peer)
     name = peer.__name__
     return type(
@@ -170,6 +181,30 @@ def drop_in(peer: Any, state: tuple[str, ...]) -> type:
             **more,
         },
     )
+
+
+def _followed(method: Any, then: Any) -> Any:
+    """diffusers' method, and what the drop-in does behind it."""
+
+    @functools.wraps(method)
+    def both(self: Any, *args: Any, **kwargs: Any) -> None:
+        method(self, *args, **kwargs)
+        then(self)
+
+    return both
+
+
+def _or_in_graph(init_step_index: Any) -> Any:
+    """diffusers' lookup of the first step, which a graph can not make."""
+
+    @functools.wraps(init_step_index)
+    def run(self: Any, timestep: Any) -> None:
+        if is_dynamo_compiling():
+            _compiled.start(self, timestep)
+        else:
+            init_step_index(self, timestep)
+
+    return run
 
 
 def _init_step_index(self: Any, timestep: Any) -> None:

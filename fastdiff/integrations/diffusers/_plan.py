@@ -34,12 +34,14 @@ class Plan:
         moves: that and the slots of the state -> the rows, or why there are none.
         answers: (call, dtypes of sample and output) -> what diffusers does on these.
         numbers: id of a number in a tensor that a step leaves -> the tensor, the number.
+        programs: spans and tables of whole runs, see `_program`.
     """
 
     traces: dict[Any, Trace | str] = field(default_factory=dict)
     moves: dict[Any, Move | str] = field(default_factory=dict)
     answers: dict[Any, Any] = field(default_factory=dict)
     numbers: dict[int, tuple[Tensor, Any]] = field(default_factory=dict)
+    programs: dict[Any, Any] = field(default_factory=dict)
 
 
 _plans: OrderedDict[Any, Plan] = OrderedDict()
@@ -112,6 +114,7 @@ class Runtime:
         self.buffer: Tensor | None = None
         self.like: Any = None
         self.seeds: tuple[Any, Tensor] | None = None
+        self.fresh: dict[str, Any] = {}  # the state before the first step of a run
 
     def __deepcopy__(self, memo: Any) -> Runtime:
         return Runtime(self.in_place)
@@ -258,6 +261,21 @@ def _parts(kind: str, what: Any) -> list[Any]:
     return [what] if kind == "value" else []
 
 
+def traced(
+    plan: Plan, call: tuple[Any, ...], seen: tuple[Any, ...], make: Callable[[], Trace]
+) -> Trace | str:
+    """The map of a call, or the reason why it has none; arguments as for `find`."""
+    key = (call, _pattern(seen))
+    found = plan.traces.get(key)
+    if found is None:
+        try:
+            found = make()
+        except NotAffine as error:
+            found = str(error)
+        plan.traces[key] = found
+    return found
+
+
 def find(
     plan: Plan,
     call: tuple[Any, ...],
@@ -275,14 +293,7 @@ def find(
         places: of the tensors of the state.
         counter: of the noise that the kernel draws, None where it comes as tensors.
     """
-    key = (call, _pattern(seen))
-    found = plan.traces.get(key)
-    if found is None:
-        try:
-            found = make()
-        except NotAffine as error:
-            found = str(error)
-        plan.traces[key] = found
+    found = traced(plan, call, seen, make)
     move: Move | str
     if isinstance(found, str):
         move = found

@@ -6,9 +6,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from fastdiff.backends import forced
-from fastdiff.integrations.diffusers import _quick
+from fastdiff.integrations.diffusers import _compiled, _quick
 from fastdiff.integrations.diffusers._answers import Answer, ask, split
 from fastdiff.integrations.diffusers._moves import ANCHOR, FOREIGN, Move
 from fastdiff.integrations.diffusers._noise import CounterPath, brownian_tree, drawn, seeds_of
@@ -73,6 +74,8 @@ class DropIn:
     ) -> Any:
         if rest:
             named.update(zip(self._fd_names, rest, strict=False))
+        if is_dynamo_compiling():
+            return _compiled.step(self, model_output, timestep, sample, named)
         graded = torch.is_grad_enabled()
         if not isinstance(sample, Tensor) or (
             graded and (sample.requires_grad or model_output.requires_grad)
@@ -345,8 +348,9 @@ class DropIn:
             elif move.counter is not None:
                 seeds, at = self._seeds(call.generator, like), len(NOISE) * move.counter + k
                 noise = randn(
-                    seeds, like.shape[1:], step=at, stream=Stream.STEP, device=like.device
-                )
+                    seeds, like.shape[1:], step=at, stream=Stream.STEP, device=like.device,
+                    dtype=torch.float32 if answer is None else answer.noise[k],
+                )  # fmt: skip
             else:
                 dtype = torch.float32 if answer is None else answer.noise[k]
                 noise = drawn(like, call.generator, dtype)
@@ -405,6 +409,9 @@ class DropIn:
 
     def _init_step_index(self, timestep: Any) -> None:
         """As diffusers does it, but on the host: its own asks the device."""
+        if is_dynamo_compiling():
+            _compiled.start(self, timestep)
+            return
         if "_init_size" in self.__dict__:  # taken from the first model output of a run
             self.__dict__["_init_size"] = None
         begin = self.__dict__.get("_begin_index")
