@@ -5,14 +5,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
 from diffusers.configuration_utils import FrozenDict
 
+from fastdiff.integrations.diffusers._grids import grid_methods
 from fastdiff.integrations.diffusers._noise import SOURCES
 from fastdiff.integrations.diffusers._plan import Runtime
 from fastdiff.integrations.diffusers._scheduler import DropIn
+
+# options of the drop-ins beside diffusers' own, with their defaults
+_OPTIONS = {"noise": "generator", "corrected": False}
 
 _LISTED = ("_step_index", "lower_order_nums", "model_outputs")
 # what a scheduler keeps between two calls of step
@@ -79,24 +84,38 @@ def drop_in(peer: Any, state: tuple[str, ...]) -> type:
     Args:
         peer: the class.
         state: names of the attributes that its `step` keeps for the next call.
+
+    Its constructor takes two keywords more: ``noise`` ("generator" or "counter") and ``corrected``,
+    True to mend what diffusers does to the picture against the method (docs/diffusers_defects.md).
     """
     parameters = inspect.signature(peer.step).parameters
     run = DropIn._step
 
-    def __init__(self: Any, *args: Any, noise: str = "generator", **kwargs: Any) -> None:
+    def __init__(
+        self: Any, *args: Any, noise: str = "generator", corrected: bool = False, **kwargs: Any
+    ) -> None:
         if noise not in SOURCES:
             raise ValueError(f"{peer.__name__}: noise must be one of {SOURCES}, got {noise!r}")
+        if not isinstance(corrected, bool):
+            raise TypeError(f"{peer.__name__}: corrected must be a bool, got {corrected!r}")
         self._fastdiff = Runtime()
+        chosen = {"noise": noise, "corrected": corrected}
+        # the constructor may read the grid's options before the configuration has them
+        self.register_to_config(**chosen)
         peer.__init__(self, *args, **kwargs)
-        self.register_to_config(noise=noise)
-        if noise == "generator":  # a default is not handed on to other classes
-            left = [*self.config.get("_use_default_values", ()), "noise"]
+        self.register_to_config(**chosen)
+        silent = [name for name, value in chosen.items() if value == _OPTIONS[name]]
+        if silent:  # a default is not handed on to other classes
+            left = [*self.config.get("_use_default_values", ()), *silent]
             self._internal_dict = FrozenDict({**self.config, "_use_default_values": left})
 
     signature = inspect.signature(peer.__init__)
-    own = inspect.Parameter("noise", inspect.Parameter.KEYWORD_ONLY, default="generator")
+    own = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+        for name, default in _OPTIONS.items()
+    ]
     __init__.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=sorted((*signature.parameters.values(), own), key=lambda p: p.kind)
+        parameters=sorted((*signature.parameters.values(), *own), key=lambda p: p.kind)
     )
 
     @functools.wraps(peer.step)
@@ -109,9 +128,9 @@ def drop_in(peer: Any, state: tuple[str, ...]) -> type:
     lookup = getattr(peer, "index_for_timestep", None)
     if lookup is None or "schedule_timesteps" not in inspect.signature(lookup).parameters:
         if hasattr(peer, "_init_step_index"):
-            more["_init_step_index"] = peer._init_step_index
+            more["_init_step_index"] = _begins(peer._init_step_index)
         elif lookup is not None:
-            more["_init_step_index"] = _init_step_index
+            more["_init_step_index"] = _begins(_init_step_index)
     base = _output_class(peer)
     name = peer.__name__
     return type(
@@ -131,9 +150,25 @@ def drop_in(peer: Any, state: tuple[str, ...]) -> type:
             "_fd_learned": name in _LEARNED,
             "_fd_by_value": name in _BY_VALUE,
             "_fd_trims": _TRIMS.get(name, ()),
+            **grid_methods(peer),
             **more,
         },
     )
+
+
+def _begins(otherwise: Callable[..., None]) -> Callable[..., None]:
+    """A run that is handed the first element of `timesteps` begins there, see `DropIn`."""
+
+    def _init_step_index(self: Any, timestep: Any) -> None:
+        runtime = self._fastdiff
+        if not runtime.current(self):
+            self._refresh()
+        if self.__dict__.get("_begin_index") is None and runtime.is_first(timestep):
+            self._step_index = 0
+        else:
+            otherwise(self, timestep)
+
+    return _init_step_index
 
 
 def _init_step_index(self: Any, timestep: Any) -> None:

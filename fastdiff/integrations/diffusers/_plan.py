@@ -155,6 +155,15 @@ class Runtime:
             return self.host[at // self.step]
         return timestep.item()
 
+    def is_first(self, timestep: Any) -> bool:
+        """Whether this is the first element of `timesteps` itself."""
+        return (
+            isinstance(timestep, Tensor)
+            and self.bytes > 0
+            and timestep.dim() == 0
+            and timestep.data_ptr() == self.start
+        )
+
     # --- the tensors ------------------------------------------------------------------------
 
     def fit(self, x: Tensor) -> None:

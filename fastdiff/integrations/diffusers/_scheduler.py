@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -10,11 +9,13 @@ from torch import Tensor
 
 from fastdiff.backends import forced
 from fastdiff.integrations.diffusers import _quick
+from fastdiff.integrations.diffusers._answer import Answer, answer_of
+from fastdiff.integrations.diffusers._mended import mended_trace, taken
 from fastdiff.integrations.diffusers._moves import ANCHOR, Move
 from fastdiff.integrations.diffusers._noise import CounterPath, brownian_tree, drawn, seeds_of
 from fastdiff.integrations.diffusers._outputs import Later, LaterTuple, later_output
 from fastdiff.integrations.diffusers._plan import Plan, Runtime, find, signature, tensors_of
-from fastdiff.integrations.diffusers._trace import NOISE, Trace, is_state, trace
+from fastdiff.integrations.diffusers._trace import NOISE, Trace
 from fastdiff.ops._layout import memory_format
 from fastdiff.ops.dynamic_threshold import dynamic_threshold
 from fastdiff.ops.noise import Stream, randn
@@ -43,13 +44,6 @@ class Call(NamedTuple):
         """The keyword arguments of diffusers' own step."""
         more = {"generator": self.generator} if "generator" in names else {}
         return {**self.options, **self.given, **more, "return_dict": return_dict}
-
-
-class Answer(NamedTuple):
-    """What diffusers' own step does beyond the affine map, found by asking it."""
-
-    dtypes: tuple[torch.dtype, ...]  # of what it returns
-    spans: list[tuple[Tensor, Tensor]]  # what it asks of its noise sampler
 
 
 class DropIn:
@@ -87,6 +81,11 @@ class DropIn:
         if not isinstance(sample, Tensor) or (
             graded and (sample.requires_grad or model_output.requires_grad)
         ):
+            if self.config.corrected:
+                raise ValueError(
+                    f"{self._fd_peer.__name__}.step: sample and model_output must not record "
+                    "gradients with corrected=True, got requires_grad"
+                )
             return self._fd_peer.step(self, model_output, timestep, sample, **named)
         return_dict = named.pop("return_dict", self._fd_return_dict)
         generator = named.pop("generator", None)
@@ -116,11 +115,12 @@ class DropIn:
             move = self._find(plan, call, seen)
         if type(move) is str:
             theirs = call.theirs(self._fd_names, return_dict)
-            return self._fd_peer.step(self, model_output, timestep, sample, **theirs)
+            at = runtime.number(timestep)
+            return taken(self, self._fd_peer.step, at, (model_output, timestep, sample), theirs)
         assert isinstance(move, Move)
         answer = None
         if not (sample.dtype == torch.float32 == model_output.dtype) or move.spanned:
-            answer = self._ask(plan, call)
+            answer = answer_of(self, plan, call)
         outputs = self._run(move, call, answer)
         if return_dict:
             return later_output(self._fd_output, outputs)
@@ -165,7 +165,7 @@ class DropIn:
             if isinstance(call.timestep, Tensor):
                 at = torch.tensor(number, dtype=call.timestep.dtype)
             options = {**call.options, **call.given}
-            return trace(
+            return mended_trace(
                 self, self._fd_peer.step, self._fd_state, at, options, learned=call.learned
             )
 
@@ -371,39 +371,12 @@ class DropIn:
         runtime = self._fastdiff
         if not runtime.current(self):
             self._refresh()
+        if runtime.is_first(timestep):
+            # where a grid has its first timestep twice, diffusers begins at the second and runs
+            # over the end
+            self._step_index = 0
+            return
         number = torch.tensor(runtime.number(timestep), dtype=runtime.token[1].dtype)
         self._step_index = self.index_for_timestep(  # type: ignore[attr-defined]
             number, runtime.host_timesteps
         )
-
-    def _ask(self, plan: Plan, call: Call) -> Answer:
-        """What diffusers' step gives on a tiny sample of the same dtypes."""
-        key = (call.key, call.sample.dtype, call.model_output.dtype)
-        found = plan.answers.get(key)
-        if found is None:
-            tiny = torch.zeros(1, 1, 1, 1, dtype=call.sample.dtype)
-            twin, spans = copy.copy(self), []
-            for name in self._fd_state:
-                value = self.__dict__.get(name)
-                if type(value) is list:
-                    twin.__dict__[name] = [tiny.clone() if is_state(v) else v for v in value]
-                elif is_state(value):
-                    twin.__dict__[name] = tiny.clone()
-
-            def sampler(a: Tensor, b: Tensor) -> Tensor:
-                spans.append((a, b))
-                return tiny
-
-            if "noise_sampler" in self.__dict__:
-                twin.__dict__["noise_sampler"] = sampler
-            at = self._fastdiff.number(call.timestep)
-            if isinstance(call.timestep, Tensor):
-                at = torch.tensor(at, dtype=call.timestep.dtype)
-            output = torch.zeros(1, 1 + call.learned, 1, 1, dtype=call.model_output.dtype)
-            asked = call._replace(
-                generator=torch.Generator(), given=dict.fromkeys(call.given, tiny)
-            )
-            theirs = asked.theirs(self._fd_names, False)
-            outputs = self._fd_peer.step(twin, output, at, tiny, **theirs)
-            found = plan.answers[key] = Answer(tuple(t.dtype for t in outputs), spans)
-        return found
