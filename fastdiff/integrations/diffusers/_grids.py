@@ -51,22 +51,22 @@ def _init_noise_sigma(peer: Any) -> Callable[[Any], Any]:
 
 def _set_timesteps(peer: Any) -> Callable[..., Any]:
     @functools.wraps(peer.set_timesteps)
-    def set_timesteps(self: Any, num_inference_steps: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
         config, name = self._internal_dict, peer.__name__
-        if num_inference_steps == 1 and name == "UnCLIPScheduler":
+        one = (args[0] if args else kwargs.get("num_inference_steps")) == 1
+        if one and name == "UnCLIPScheduler":
             # its spacing divides by steps - 1
             self.num_inference_steps = 1
-            device = args[0] if args else kwargs.get("device")
+            device = args[1] if len(args) > 1 else kwargs.get("device")
             self.timesteps = torch.tensor([config.num_train_timesteps - 1], device=device)
             return None
-        one = num_inference_steps == 1 and config.get("timestep_spacing") == "linspace"
-        if not (one and config.corrected):
-            result = peer.set_timesteps(self, num_inference_steps, *args, **kwargs)
+        if not (one and config.corrected and config.get("timestep_spacing") == "linspace"):
+            result = peer.set_timesteps(self, *args, **kwargs)
         else:
             # both ends are one point, which has to be the noisiest: numpy takes the first
             self._internal_dict = FrozenDict({**config, "timestep_spacing": "trailing"})
             try:
-                result = peer.set_timesteps(self, num_inference_steps, *args, **kwargs)
+                result = peer.set_timesteps(self, *args, **kwargs)
             finally:
                 self._internal_dict = config
         if name == "KDPM2AncestralDiscreteScheduler":
