@@ -40,7 +40,7 @@ Step = Callable[..., Any]
 
 _DDPM = frozenset(("DDPMScheduler", "DDPMParallelScheduler"))
 _DDIM = frozenset(("DDIMScheduler", "DDIMParallelScheduler", "CogVideoXDDIMScheduler"))
-_EDM = frozenset(("EDMDPMSolverMultistepScheduler", "CosineDPMSolverMultistepScheduler"))
+_EDM, _COSINE = "EDMDPMSolverMultistepScheduler", "CosineDPMSolverMultistepScheduler"
 _INVERSE = "DDIMInverseScheduler"
 _THIRD = "multistep_dpm_solver_third_order_update"
 _TINY = 1e-40  # a sigma whose terms are 0 in float32 and whose logarithm is finite
@@ -159,18 +159,19 @@ def prepared(scheduler: Any, step: Step, timestep: Any) -> tuple[Any, Step]:
         alpha, sigma = twin._sigma_to_alpha_sigma_t(scheduler.sigmas[scheduler.step_index])
         own["alpha_t"], own["sigma_t"] = (torch.as_tensor(a).double().cpu() for a in (alpha, sigma))
     algorithm, order = config.get("algorithm_type", ""), config.get("solver_order")
-    if algorithm.startswith("sde") and order == 3:
+    third = algorithm.startswith("sde") and order == 3
+    if third:
         single = name == "DPMSolverSinglestepScheduler"
-        missing = algorithm == "sde-dpmsolver" or name == "EDMDPMSolverMultistepScheduler"
+        missing = algorithm == "sde-dpmsolver" or name == _EDM
         if not single and (corrected or missing):
             own[_THIRD] = _third_order(twin, single)
         elif single and corrected and config.solver_type == "heun":
             own["singlestep_dpm_solver_third_order_update"] = _third_order(twin, single)
-    if name in _EDM:
+    if name == _COSINE or (name == _EDM and third):
         sigmas, i = scheduler.sigmas.clone(), scheduler.step_index
         rise = float(sigmas[i + 1] / sigmas[i]) - 1
-        # one level that rounding made two; a noise sampler finds nothing between them either way
-        if abs(rise) <= _SAME_LEVEL and (rise > 0 or "noise_sampler" in own):
+        # one level that rounding made two: there is no noise between them, nor a step backwards
+        if abs(rise) <= _SAME_LEVEL:
             sigmas[i + 1] = sigmas[i]
             own["sigmas"] = sigmas
     if not corrected:
