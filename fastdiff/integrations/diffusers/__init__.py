@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
+from diffusers.configuration_utils import FrozenDict
 
 # the folder of a saved pipeline names this module, and diffusers then looks here for the base class
 from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin
@@ -15,9 +17,13 @@ from torch.compiler import is_dynamo_compiling
 
 from fastdiff.integrations.diffusers import _compiled, _program
 from fastdiff.integrations.diffusers._exchange import to_diffusers as to_diffusers
+from fastdiff.integrations.diffusers._grids import grid_methods
 from fastdiff.integrations.diffusers._noise import SOURCES
 from fastdiff.integrations.diffusers._plan import Runtime
 from fastdiff.integrations.diffusers._scheduler import DropIn
+
+# options of the drop-ins beside diffusers' own, with their defaults
+_OPTIONS = {"noise": "generator", "corrected": False}
 
 _LISTED = ("_step_index", "lower_order_nums", "model_outputs")
 # what a scheduler keeps between two calls of step
@@ -113,22 +119,40 @@ def drop_in(peer: Any, state: tuple[str, ...]) -> type:
     Args:
         peer: the class.
         state: names of the attributes that its `step` keeps for the next call.
+
+    Its constructor takes two keywords more: ``noise`` ("generator" or "counter") and ``corrected``,
+    True to mend what diffusers does to the picture against the method (docs/diffusers_defects.md).
     """
     parameters = inspect.signature(peer.step).parameters
     run = DropIn._step
 
-    def __init__(self: Any, *args: Any, noise: str = "generator", **kwargs: Any) -> None:
+    def __init__(
+        self: Any, *args: Any, noise: str = "generator", corrected: bool = False, **kwargs: Any
+    ) -> None:
         if noise not in SOURCES:
             raise ValueError(f"{peer.__name__}: noise must be one of {SOURCES}, got {noise!r}")
+        if not isinstance(corrected, bool):
+            raise TypeError(f"{peer.__name__}: corrected must be a bool, got {corrected!r}")
         self._fastdiff = Runtime()
+        chosen = {"noise": noise, "corrected": corrected}
+        # the constructor may read the grid's options before the configuration has them
+        self.register_to_config(**chosen)
         peer.__init__(self, *args, **kwargs)
-        if noise != "generator":  # what is saved at the defaults is the file that diffusers saves
-            self.register_to_config(noise=noise)
+        # what is saved at the defaults is the file that diffusers saves
+        loud = {name: value for name, value in chosen.items() if value != _OPTIONS[name]}
+        self._internal_dict = FrozenDict(
+            {k: v for k, v in self.config.items() if k not in chosen or k in loud}
+        )
+        if loud:
+            self.register_to_config(**loud)
 
     signature = inspect.signature(peer.__init__)
-    own = inspect.Parameter("noise", inspect.Parameter.KEYWORD_ONLY, default="generator")
+    own = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+        for name, default in _OPTIONS.items()
+    ]
     __init__.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=sorted((*signature.parameters.values(), own), key=lambda p: p.kind)
+        parameters=sorted((*signature.parameters.values(), *own), key=lambda p: p.kind)
     )
 
     @functools.wraps(peer.step)
@@ -148,16 +172,16 @@ def drop_in(peer: Any, state: tuple[str, ...]) -> type:
         return run(self, output, timestep, sample, (), named)
 
     order = tuple(parameters)[1:]
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = grid_methods(peer)
     for method, then in _FOLLOWED.items():
         if hasattr(peer, method):
-            more[method] = _followed(getattr(peer, method), then)
+            more[method] = _followed(more.get(method, getattr(peer, method)), then)
     lookup = getattr(peer, "index_for_timestep", None)
     if lookup is None or "schedule_timesteps" not in inspect.signature(lookup).parameters:
         if hasattr(peer, "_init_step_index"):
-            more["_init_step_index"] = _or_in_graph(peer._init_step_index)
+            more["_init_step_index"] = _begins(peer._init_step_index)
         elif lookup is not None:
-            more["_init_step_index"] = _or_in_graph(_init_step_index)
+            more["_init_step_index"] = _begins(_init_step_index)
     base = _output_class(peer)
     name = peer.__name__
     return type(
@@ -194,17 +218,22 @@ def _followed(method: Any, then: Any) -> Any:
     return both
 
 
-def _or_in_graph(init_step_index: Any) -> Any:
-    """diffusers' lookup of the first step, which a graph can not make."""
+def _begins(otherwise: Callable[..., None]) -> Callable[..., None]:
+    """The first step of a run: in a graph, at the first element of `timesteps`, or as diffusers."""
 
-    @functools.wraps(init_step_index)
-    def run(self: Any, timestep: Any) -> None:
+    def _init_step_index(self: Any, timestep: Any) -> None:
         if is_dynamo_compiling():
             _compiled.start(self, timestep)
+            return
+        runtime = self._fastdiff
+        if not runtime.current(self):
+            self._refresh()
+        if self.__dict__.get("_begin_index") is None and runtime.is_first(timestep):
+            self._step_index = 0
         else:
-            init_step_index(self, timestep)
+            otherwise(self, timestep)
 
-    return run
+    return _init_step_index
 
 
 def _init_step_index(self: Any, timestep: Any) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from fastdiff.integrations.diffusers._mended import LinAlgError, prepared
 from fastdiff.integrations.diffusers._trace import is_state
 
 
@@ -44,7 +44,10 @@ def ask(scheduler: Any, call: Any) -> Answer:
         call: the `Call`.
     """
     tiny = torch.zeros(1, 1, 1, 1, dtype=call.sample.dtype)
-    twin, spans = copy.copy(scheduler), []
+    at = scheduler._fastdiff.number(call.timestep)
+    if isinstance(call.timestep, Tensor):
+        at = torch.tensor(at, dtype=call.timestep.dtype)
+    (twin, step), spans = prepared(scheduler, scheduler._fd_peer.step, at), []
     for name in scheduler._fd_state:
         value = scheduler.__dict__.get(name)
         if type(value) is list:
@@ -58,16 +61,16 @@ def ask(scheduler: Any, call: Any) -> Answer:
 
     if "noise_sampler" in scheduler.__dict__:
         twin.__dict__["noise_sampler"] = sampler
-    at = scheduler._fastdiff.number(call.timestep)
-    if isinstance(call.timestep, Tensor):
-        at = torch.tensor(at, dtype=call.timestep.dtype)
     output = torch.zeros(1, 1 + bool(call.learned), 1, 1, dtype=call.model_output.dtype)
     # noise that is given excludes a generator
     generator = None if "variance_noise" in call.given else torch.Generator()
     asked = call._replace(generator=generator, given=dict.fromkeys(call.given, tiny))
     theirs = asked.theirs(scheduler._fd_names, False)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), _Draws() as draws:
-        outputs = scheduler._fd_peer.step(twin, output, timestep=at, sample=tiny, **theirs)
+        try:
+            outputs = step(twin, output, timestep=at, sample=tiny, **theirs)
+        except LinAlgError:  # a step that is mended
+            outputs = (tiny,) * len(scheduler._fd_outputs)
     return Answer(tuple(t.dtype for t in outputs), spans, draws.dtypes)
 
 

@@ -177,6 +177,15 @@ class Runtime:
             return self.host[at // self.step]
         return timestep.item() if timestep.numel() == 1 else tuple(timestep.flatten().tolist())
 
+    def is_first(self, timestep: Any) -> bool:
+        """Whether this is the first element of `timesteps` itself."""
+        return (
+            isinstance(timestep, Tensor)
+            and self.bytes > 0
+            and timestep.dim() == 0
+            and timestep.data_ptr() == self.start
+        )
+
     # --- the tensors ------------------------------------------------------------------------
 
     def fit(self, x: Tensor) -> None:

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from fastdiff.integrations.diffusers._mended import mended_trace
 from fastdiff.integrations.diffusers._plan import OWN, Plan, signature, traced
-from fastdiff.integrations.diffusers._trace import TIMESTEP, Form, Trace, trace
+from fastdiff.integrations.diffusers._trace import TIMESTEP, Form, Trace
 
 F = TypeVar("F", bound=Callable[..., Any])
 POSITIONS = ("_step_index", "counter")  # attributes that say where in its run a scheduler stands
@@ -167,7 +168,9 @@ def _walk(scheduler: Any, plan: Plan, key: Key, position: str | None) -> list[_S
         )  # fmt: skip
 
         def make(at: Any = at) -> Trace:
-            return trace(twin, peer.step, state, at, {**options, **given}, learned=key.learned)
+            return mended_trace(
+                twin, peer.step, state, at, {**options, **given}, learned=key.learned
+            )
 
         found = traced(plan, call.key, signature(twin.__dict__, state, runtime), make)
         if isinstance(found, str):

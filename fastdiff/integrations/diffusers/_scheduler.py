@@ -11,11 +11,12 @@ from torch.compiler import is_dynamo_compiling
 from fastdiff.backends import forced
 from fastdiff.integrations.diffusers import _compiled, _quick
 from fastdiff.integrations.diffusers._answers import Answer, ask, split
+from fastdiff.integrations.diffusers._mended import mended_trace, taken
 from fastdiff.integrations.diffusers._moves import ANCHOR, FOREIGN, Move
 from fastdiff.integrations.diffusers._noise import CounterPath, brownian_tree, drawn, seeds_of
 from fastdiff.integrations.diffusers._outputs import Later, LaterTuple, later_output
 from fastdiff.integrations.diffusers._plan import OWN, Plan, Runtime, find, signature, tensors_of
-from fastdiff.integrations.diffusers._trace import NOISE, Trace, trace
+from fastdiff.integrations.diffusers._trace import NOISE, Trace
 from fastdiff.ops._layout import memory_format
 from fastdiff.ops.dynamic_threshold import dynamic_threshold
 from fastdiff.ops.noise import Stream, randn
@@ -80,6 +81,11 @@ class DropIn:
         if not isinstance(sample, Tensor) or (
             graded and (sample.requires_grad or model_output.requires_grad)
         ):
+            if self.config.get("corrected"):
+                raise ValueError(
+                    f"{self._fd_peer.__name__}.step: sample and model_output must not record "
+                    "gradients with corrected=True, got requires_grad"
+                )
             return self._fd_peer.step(self, model_output, timestep=timestep, sample=sample, **named)
         return_dict = named.pop("return_dict", self._fd_return_dict)
         generator = named.pop("generator", None)
@@ -114,7 +120,9 @@ class DropIn:
         if move is None:
             move = self._find(plan, call, seen)
         if type(move) is str:
-            return self._theirs(plan, call, model_output, return_dict)
+            theirs = call.theirs(self._fd_names, return_dict)
+            at = runtime.number(timestep)
+            return taken(self, self._fd_peer.step, at, (model_output, timestep, sample), theirs)
         assert isinstance(move, Move)
         answer = None
         if not (sample.dtype == torch.float32 == model_output.dtype) or move.spanned:
@@ -174,7 +182,9 @@ class DropIn:
                 at = torch.tensor(number, dtype=call.timestep.dtype)
             options = {**call.options, **call.given}
             learned = bool(call.learned)
-            return trace(self, self._fd_peer.step, self._fd_state, at, options, learned=learned)
+            return mended_trace(
+                self, self._fd_peer.step, self._fd_state, at, options, learned=learned
+            )
 
         counter = None
         if self.config.get("noise") == "counter":
@@ -390,20 +400,6 @@ class DropIn:
                 twin.__dict__[name] = value.clone()
         return twin
 
-    def _theirs(self, plan: Plan, call: Call, model_output: Tensor, return_dict: bool) -> Any:
-        """The step by diffusers' own code."""
-        dtypes = None
-        if call.sample.dtype in _HALVES and tensors_of(self.__dict__, self._fd_state):
-            dtypes = self._ask(plan, call).dtypes  # what is kept here is in float32
-        named = call.theirs(self._fd_names, return_dict and dtypes is None)
-        outputs = self._fd_peer.step(
-            self, model_output, timestep=call.timestep, sample=call.sample, **named
-        )
-        if dtypes is None:
-            return outputs
-        outputs = tuple(t.to(dtype) for t, dtype in zip(outputs, dtypes, strict=True))
-        return self._fd_output(*outputs) if return_dict else outputs
-
     def _refresh(self) -> Plan:
         return self._fastdiff.refresh(self, self._fd_peer, self._fd_state)
 
@@ -421,6 +417,11 @@ class DropIn:
         runtime = self._fastdiff
         if not runtime.current(self):
             self._refresh()
+        if runtime.is_first(timestep):
+            # where a grid has its first timestep twice, diffusers begins at the second and runs
+            # over the end
+            self._step_index = 0
+            return
         number = torch.tensor(runtime.number(timestep), dtype=runtime.token[1].dtype)
         self._step_index = self.index_for_timestep(  # type: ignore[attr-defined]
             number, runtime.host_timesteps

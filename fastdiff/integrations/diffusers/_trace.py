@@ -36,6 +36,10 @@ class NotAffine(Exception):
     """This call can not be a row of a table; the text says why."""
 
 
+class NotFinite(NotAffine):
+    """diffusers' own coefficients are infinite or NaN."""
+
+
 @dataclass
 class Limit:
     """What limits the predicted clean data in the middle of a step.
@@ -69,6 +73,14 @@ class Trace:
     draws: int = 0
     spans: list[tuple[float, float] | None] = field(default_factory=list)
     log_variance: tuple[float, float] | None = None
+
+
+_POWERS = (Tensor.pow, torch.pow, Tensor.__pow__, Tensor.sqrt, torch.sqrt)
+
+
+def _rounded_below_0(value: Any) -> bool:
+    """Whether a number is a variance of 0, found as a difference of others of order 1."""
+    return isinstance(value, Tensor) and value.dim() == 0 and -1e-12 < float(value) < 0
 
 
 def is_state(value: Any) -> bool:
@@ -105,7 +117,7 @@ class _Vectors:
             raise NotAffine(f"{what} has shape {tuple(value.shape)}")
         column = value.detach().double().reshape(-1)
         if not bool(torch.isfinite(column).all()):
-            raise NotAffine(f"{what} is not finite")
+            raise NotFinite(f"{what} is not finite")
         shift = column[-2]
         if not constant and float(shift) != 0.0:
             raise NotAffine(f"{what} has a constant term, {float(shift):g}")
@@ -156,6 +168,8 @@ class _Recorder(TorchFunctionMode):
             raise NotAffine("it changes the size of the sample")
         if func is torch.randn:
             return self.draw()
+        if func in _POWERS and _rounded_below_0(args[0]):
+            return torch.zeros_like(args[0])
         if args and self.vectors.carries(args[0]):
             if func in (Tensor.to, Tensor.float, Tensor.type):
                 return args[0]  # casts are the kernel's business: all of it is float64 here
