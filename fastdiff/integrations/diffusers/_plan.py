@@ -142,6 +142,9 @@ class Runtime:
     def refresh(self, scheduler: Any, peer: type, state: Sequence[str]) -> Plan:
         """The plan of what the scheduler is set to now, and a copy of its timesteps on the host."""
         values = scheduler.__dict__
+        if values.get("timestep_list") and values.get("_step_index") is None:
+            # diffusers leaves the last run's, which nobody reads, and which may be on a device
+            values["timestep_list"] = [None] * len(values["timestep_list"])
         sigmas, timesteps = values.get("sigmas"), values.get("timesteps")
         self.token = (
             values["_internal_dict"],

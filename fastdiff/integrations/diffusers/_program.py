@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from fastdiff.integrations.diffusers._draws import Call
 from fastdiff.integrations.diffusers._mended import mended_trace
 from fastdiff.integrations.diffusers._plan import OWN, Plan, signature, traced
 from fastdiff.integrations.diffusers._trace import TIMESTEP, Form, Trace
@@ -136,8 +137,6 @@ class _Step(NamedTuple):
 
 def _walk(scheduler: Any, plan: Plan, key: Key, position: str | None) -> list[_Step]:
     """The steps of a run from its start, up to the first that is not affine."""
-    from fastdiff.integrations.diffusers._scheduler import Call
-
     peer, state, runtime = scheduler._fd_peer, scheduler._fd_state, scheduler._fastdiff
     twin = copy.copy(scheduler)
     for name in state:
