@@ -85,6 +85,15 @@ FD_INLINE float fd_exp(float x) {
   return fd_exp_finish(r, scale);
 }
 
+// What a model is asked to predict; positions in PREDICTIONS of fastdiff/reference/diffusion.py.
+enum FdTarget : int { kEpsilon = 0, kSample = 1, kVPrediction = 2, kFlow = 3 };
+
+template <int kTarget>
+FD_INLINE float fd_target(float x0, float eps, float alpha, float sigma) {
+  if (kTarget == kVPrediction) return alpha * eps - sigma * x0;
+  return kTarget == kFlow ? eps - x0 : kTarget == kEpsilon ? eps : x0;
+}
+
 FD_INLINE float fd_add_term(float acc, float coefficient, float term) {
   return acc + coefficient * term;
 }

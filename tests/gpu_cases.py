@@ -12,6 +12,7 @@ import torch
 from fastdiff.table import Row, StepTable
 
 # importlib: `fastdiff.ops.noise` is a module, but for `reverse_step` the function hides it
+add_noise_op = importlib.import_module("fastdiff.ops.add_noise")
 brownian_op = importlib.import_module("fastdiff.ops.brownian")
 noise_op = importlib.import_module("fastdiff.ops.noise")
 step_op = importlib.import_module("fastdiff.ops.reverse_step")
@@ -35,6 +36,13 @@ def _brownian(
     out = torch.empty(_SHAPE, dtype=dtype).contiguous(memory_format=fmt)
     more = {"add_to": out.clone(), "scale": 0.5} if added else {}
     return brownian_op.prepare(range(4), _SHAPE[1:], 0.3, 0.4, out=out, **more)
+
+
+def _add_noise(
+    dtype: torch.dtype, target: str, fmt: torch.memory_format = torch.contiguous_format
+) -> Any:
+    x0 = torch.empty(_SHAPE, dtype=dtype).contiguous(memory_format=fmt)
+    return add_noise_op.prepare(x0, range(4), 0.8, 0.6, target=target)
 
 
 _EVERY = dict.fromkeys(("x", "m", "d", "h0", "n1", "n2", "u"), 0.5)
@@ -111,6 +119,10 @@ CASES: dict[str, tuple[str, Callable[[], Any]]] = {
     "noise f32": ("noise", lambda: _noise(F32)),
     "noise bf16": ("noise", lambda: _noise(BF16)),
     "noise f32 channels_last": ("noise", lambda: _noise(F32, LAST)),
+    "add_noise f32": ("add_noise", lambda: _add_noise(F32, "epsilon")),
+    "add_noise f32 v_prediction": ("add_noise", lambda: _add_noise(F32, "v_prediction")),
+    "add_noise bf16": ("add_noise", lambda: _add_noise(BF16, "flow")),
+    "add_noise f32 channels_last": ("add_noise", lambda: _add_noise(F32, "sample", LAST)),
     "brownian f32": ("brownian", lambda: _brownian(F32)),
     "brownian f32 added": ("brownian", lambda: _brownian(F32, added=True)),
     "brownian bf16": ("brownian", lambda: _brownian(BF16)),
@@ -144,6 +156,7 @@ CASES |= {f"film_norm {name}": ("film_norm", make) for name, make in film_cases.
 # cases with a bfloat16 tensor among their outputs
 STORES_BF16 = {
     "noise bf16",
+    "add_noise bf16",
     "brownian bf16",
     "step ddim guided bf16",
     "step everything bf16",

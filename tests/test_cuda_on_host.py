@@ -20,7 +20,16 @@ from tables import random_inputs, random_table, walk
 
 from fastdiff import randn, use_backend
 from fastdiff.backends import Implementation
-from fastdiff.ops import OPS, _launches, _native, brownian, reparameterize, reverse_step
+from fastdiff.ops import (
+    OPS,
+    _launches,
+    _native,
+    add_noise,
+    brownian,
+    reparameterize,
+    reverse_step,
+)
+from fastdiff.reference.diffusion import PREDICTIONS
 from fastdiff.reference.reparameterize import reparameterize as exact_reparameterize
 from fastdiff.table import Row, StepTable
 
@@ -56,7 +65,7 @@ def on_host(host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[Swap]:
     def swap() -> None:
         # else the C++ checks take the call and run their own kernel
         monkeypatch.setattr(_native, "reads_tensors", False)
-        for name in ("noise", "brownian", "reverse_step", "reparameterize"):
+        for name in ("noise", "add_noise", "brownian", "reverse_step", "reparameterize"):
             monkeypatch.setitem(OPS[name].backends, "cpu", runs(name))
         monkeypatch.setitem(backward.backends, "cpu", runs("reparameterize_backward"))
 
@@ -97,6 +106,18 @@ def test_brownian(on_host: Swap, size: tuple[int, ...], dtype: torch.dtype, fmt:
     brownian(SEEDS, size, 0.3, 0.4, out=outs[1], **given)
     assert_same_bits(outs[1], outs[0])
     assert_same_bits(brownian(SEEDS, size, 0.3, 0.4, add_to=x, scale=0.7, **given), added)
+
+
+@pytest.mark.parametrize(("size", "dtype", "fmt"), NOISE.values(), ids=NOISE)
+def test_add_noise(on_host: Swap, size: tuple[int, ...], dtype: torch.dtype, fmt: Any) -> None:
+    x0 = randn([8, 9, 10], size).to(dtype).contiguous(memory_format=fmt)
+    given = (x0, SEEDS, torch.tensor([0.9, 0.0, 0.3]), torch.tensor([0.1, 1.0, 0.7]))
+    expected = {t: add_noise(*given, target=t, step=2**32 - 1) for t in PREDICTIONS}
+    on_host()
+    for target, results in expected.items():
+        got = add_noise(*given, target=target, step=2**32 - 1)
+        for a, b in zip(got, results, strict=True):
+            assert_same_bits(a, b, target)
 
 
 WEIGHTS = torch.tensor([1.0, 3.0, 0.0])

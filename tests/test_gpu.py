@@ -19,11 +19,13 @@ from fastdiff.backends import Implementation, unavailable
 from fastdiff.ops import (
     OPS,
     _native,
+    add_noise,
     brownian,
     guidance_rescale,
     reparameterize,
     reverse_step,
 )
+from fastdiff.reference.diffusion import PREDICTIONS
 from fastdiff.reference.guidance_rescale import guidance_rescale as exact_rescale
 from fastdiff.reference.reparameterize import reparameterize as exact_reparameterize
 
@@ -113,6 +115,20 @@ def test_brownian(backend: str, size: tuple[int, ...], dtype: torch.dtype) -> No
             added = brownian([1, 2, 3], size, 0.3, 0.4, add_to=x.cuda(), scale=0.7)
         assert_same_bits(out, brownian([1, 2, 2**64 - 1], size, 0.3, 0.4, dtype=dtype))
         assert_same_bits(added, brownian([1, 2, 3], size, 0.3, 0.4, add_to=x, scale=0.7))
+
+
+@pytest.mark.parametrize("dtype", (F32, BF16), ids=str)
+@pytest.mark.parametrize("size", ((1,), (5,), (1025,), (3, 5, 7), (8, 64, 64)), ids=str)
+def test_add_noise(backend: str, size: tuple[int, ...], dtype: torch.dtype) -> None:
+    alpha, sigma = torch.tensor([0.9, 0.0, 0.3]), torch.tensor([0.1, 1.0, 0.7])
+    for fmt in (PLAIN, LAST) if len(size) == 3 else (PLAIN,):
+        x0 = randn([8, 9, 10], size).to(dtype).contiguous(memory_format=fmt)
+        for target in PREDICTIONS:
+            given: Any = {"alpha": alpha, "sigma": sigma, "target": target}
+            with use_backend(backend):
+                got = add_noise(x0.cuda(), [1, 2, 2**64 - 1], **given)
+            for a, b in zip(got, add_noise(x0, [1, 2, 2**64 - 1], **given), strict=True):
+                assert_same_bits(a, b, target)
 
 
 def test_noise_of_more_than_2_31_elements(backend: str) -> None:

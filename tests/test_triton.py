@@ -34,6 +34,7 @@ INTERPRETED = (
     "noise_2_24",
     "noise_beyond_32_bits",
     "brownian_path",
+    "add_noise_targets",
     "step_every_feature",
     "step_channels_last",
     "step_sum_starts_at_zero",

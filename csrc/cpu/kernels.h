@@ -58,6 +58,19 @@ struct FdNoiseArgs {
   int out_dtype;
 };
 
+struct FdAddNoiseArgs {
+  const void* x0;
+  int dtype;           // of x0, x and target
+  const float* alpha;  // one value a sample; so is sigma
+  const float* sigma;
+  const int64_t* seeds;
+  uint32_t step, stream;
+  int64_t samples, size, channels;
+  int target_kind;  // FdTarget of step.h
+  void* x;
+  void* target;  // null where it is x0 itself
+};
+
 struct FdBrownianArgs {
   const int64_t* seeds;
   const int32_t* counters;  // of the draws; so many as weights
@@ -163,6 +176,7 @@ struct FdKernels {
   void (*film_norm)(const FdFilmNormArgs&);
   void (*modulate)(const FdModulateArgs&);
   void (*brownian)(const FdBrownianArgs&);
+  void (*add_noise)(const FdAddNoiseArgs&);
   void (*dynamic_threshold)(const FdThresholdArgs&);
   // false, with nothing written: this instruction set cannot, or the state is none of torch's own
   bool (*torch_noise)(const FdTorchNoiseArgs&);
