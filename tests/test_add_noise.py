@@ -148,9 +148,9 @@ def test_unaligned_memory_with_a_border(isa: str) -> None:
 
 
 def _prepare(x0: torch.Tensor, **how: Any) -> Any:
-    import importlib
-
-    return importlib.import_module("fastdiff.ops.add_noise").prepare(x0, SEEDS, ALPHA, SIGMA, **how)
+    # importlib: the function of the same name hides the module
+    module = importlib.import_module("fastdiff.ops.add_noise")
+    return module.prepare(x0, SEEDS, ALPHA, SIGMA, **how)
 
 
 @pytest.mark.parametrize(
