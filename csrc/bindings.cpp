@@ -234,20 +234,23 @@ nb::object modulate(nb::handle x, nb::handle scale, nb::handle shift, nb::handle
 }
 
 void reparameterize(Address mu, Address logvar, int in_dtype, Address seeds, uint32_t step,
-                    uint32_t stream, int64_t samples, int64_t size, Address z, Address kl) {
+                    uint32_t stream, float low, float high, int64_t draws, int64_t samples,
+                    int64_t size, Address z, Address kl) {
   const FdReparameterizeArgs args{at<void>(mu), at<void>(logvar), in_dtype, at<int64_t>(seeds),
-                                  step, stream, samples, size, at<void>(z), at<float>(kl)};
+                                  step, stream, low, high, draws, samples, size, at<void>(z),
+                                  at<float>(kl)};
   nb::gil_scoped_release release;
   active->reparameterize(args);
 }
 
 void reparameterize_backward(Address grad_z, Address grad_kl, Address mu, Address logvar,
                              int in_dtype, Address seeds, uint32_t step, uint32_t stream,
-                             int64_t samples, int64_t size, Address grad_mu,
-                             Address grad_logvar) {
+                             float low, float high, int64_t draws, int64_t samples, int64_t size,
+                             Address grad_mu, Address grad_logvar) {
   const FdReparameterizeBackwardArgs args{
       at<void>(grad_z), at<float>(grad_kl), at<void>(mu), at<void>(logvar), in_dtype,
-      at<int64_t>(seeds), step, stream, samples, size, at<void>(grad_mu), at<void>(grad_logvar)};
+      at<int64_t>(seeds), step, stream, low, high, draws, samples, size, at<void>(grad_mu),
+      at<void>(grad_logvar)};
   nb::gil_scoped_release release;
   active->reparameterize_backward(args);
 }

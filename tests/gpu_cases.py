@@ -89,16 +89,16 @@ def _step(
     return step_op.prepare(x, model, _TABLE, index, **given)
 
 
-def _vae(dtype: torch.dtype) -> Any:
+def _vae(dtype: torch.dtype, samples: int | None = None) -> Any:
     mu = torch.empty(4, 16, 32, 32, dtype=dtype)
-    return vae_op.prepare(mu, mu.clone(), 3)
+    return vae_op.prepare(mu, mu.clone(), 3, samples=samples)
 
 
-def _vae_backward(dtype: torch.dtype) -> Any:
-    call = _vae(dtype)
-    mu = call.mu
+def _vae_backward(dtype: torch.dtype, samples: int | None = None) -> Any:
+    call = _vae(dtype, samples)
+    mu, how = call.mu, (call.step, call.stream, call.low, call.high, call.draws)
     return vae_op.ReparameterizeBackward(
-        mu, call.kl, mu, call.logvar, call.seeds, 0, 3, mu.clone(), mu.clone()
+        call.z, call.kl, mu, call.logvar, call.seeds, *how, mu.clone(), mu.clone()
     )
 
 
@@ -142,6 +142,8 @@ CASES: dict[str, tuple[str, Callable[[], Any]]] = {
     "reparameterize bf16": ("reparameterize", lambda: _vae(BF16)),
     "reparameterize backward f32": ("reparameterize_backward", lambda: _vae_backward(F32)),
     "reparameterize backward bf16": ("reparameterize_backward", lambda: _vae_backward(BF16)),
+    "reparameterize 5 f32": ("reparameterize", lambda: _vae(F32, 5)),
+    "reparameterize 5 backward f32": ("reparameterize_backward", lambda: _vae_backward(F32, 5)),
     "modulate f32": ("modulate", lambda: _modulate(F32)),
     "modulate bf16": ("modulate", lambda: _modulate(BF16)),
     "modulate bf16 alone": ("modulate", lambda: _modulate(BF16, added=False)),

@@ -27,6 +27,7 @@ from fastdiff.ops import (
 )
 from fastdiff.reference.diffusion import PREDICTIONS
 from fastdiff.reference.guidance_rescale import guidance_rescale as exact_rescale
+from fastdiff.reference.reparameterize import UNBOUNDED
 from fastdiff.reference.reparameterize import reparameterize as exact_reparameterize
 
 pytestmark = [
@@ -222,21 +223,26 @@ def test_per_sample_rows(through_device: Callable[[], None], dtype: torch.dtype)
 
 @pytest.mark.parametrize("dtype", (F32, BF16, F16), ids=str)
 @pytest.mark.parametrize("n", (1, 5, 4096, 100_001), ids=lambda n: f"n{n}")
-def test_reparameterize(backend: str, dtype: torch.dtype, n: int) -> None:
+@pytest.mark.parametrize("how", ({}, {"samples": 3, "clamp": (-0.5, 0.25)}), ids=("one", "three"))
+def test_reparameterize(backend: str, dtype: torch.dtype, n: int, how: dict[str, Any]) -> None:
     rng = np.random.default_rng(0)
-    mu, logvar, grad = (torch.from_numpy(rng.standard_normal((3, n))).to(dtype) for _ in range(3))
+    mu, logvar = (torch.from_numpy(rng.standard_normal((3, n))).to(dtype) for _ in range(2))
+    shape = (3, 3, n) if how else (3, n)
+    grad = torch.from_numpy(rng.standard_normal(shape)).to(dtype)
     results = {}
     for name, device in (("cpu", "cpu"), ("reference", "cpu"), (backend, "cuda")):
         m, lv = (t.clone().to(device).requires_grad_() for t in (mu, logvar))
         with use_backend(name):
-            z, kl = reparameterize(m, lv, [1, 2, 3])
+            z, kl = reparameterize(m, lv, [1, 2, 3], **how)
             grads = torch.autograd.grad([z, kl], (m, lv), [grad.to(device), torch.ones_like(kl)])
-            again = reparameterize(m, lv, [1, 2, 3])[1]
+            again = reparameterize(m, lv, [1, 2, 3], **how)[1]
         results[name] = (z.detach(), *grads), kl.detach()
         assert_same_bits(again.detach(), kl.detach(), "a second run")
     for got, expected in zip(results[backend][0], results["cpu"][0], strict=True):
         assert_same_bits(got, expected)
-    _, exact = exact_reparameterize(mu.double(), logvar.double(), torch.zeros(3, n).double())
+    bounds = how.get("clamp", UNBOUNDED)
+    wide = (mu.double(), logvar.double(), torch.zeros(3, n).double())
+    _, exact = exact_reparameterize(*wide, bounds)
     # positive terms, added in float32 in a tree or in runs of 16
     assert_within_budget(results[backend][1].cpu(), results["reference"][1], exact, ulps=16)
 

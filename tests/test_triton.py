@@ -41,6 +41,7 @@ INTERPRETED = (
     "step_many_tiles",
     "step_per_sample_rows",
     "reparameterize_sizes",
+    "reparameterize_samples",
     "reparameterize_many_tiles",
     "film_norm_shapes",
     "film_norm_many_tiles",

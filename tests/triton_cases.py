@@ -289,6 +289,17 @@ def reparameterize_sizes() -> None:
 
 
 @case
+def reparameterize_samples() -> None:
+    bounded = {"samples": 3, "clamp": (-0.5, 0.25)}
+    for size, dtype in (((1,), F32), ((2, 65), F32), ((128,), BF16), ((129,), F16), ((0,), F32)):
+        triton_reparameterize.same(size, dtype, **bounded)
+    triton_reparameterize.same((129,), F32, clamp=(-0.5, 0.25))
+    for wide in (False, True):
+        with small_tiles(128, wide=wide):
+            triton_reparameterize.same((301,), F32, **bounded)
+
+
+@case
 def reparameterize_many_tiles() -> None:
     with small_tiles(128):
         triton_reparameterize.same((1000,), F32)

@@ -100,6 +100,8 @@ struct FdReparameterizeArgs {
   int in_dtype;
   const int64_t* seeds;
   uint32_t step, stream;
+  float low, high;  // bounds of logvar
+  int64_t draws;    // of each sample
   int64_t samples, size;
   void* z;
   float* kl;  // one value a sample, or null
@@ -113,6 +115,8 @@ struct FdReparameterizeBackwardArgs {
   int in_dtype;
   const int64_t* seeds;
   uint32_t step, stream;
+  float low, high;
+  int64_t draws;
   int64_t samples, size;
   void* grad_mu;
   void* grad_logvar;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastdiff.ops._checks import FLOATS, check_counter
@@ -35,11 +36,33 @@ def _check_tensors(mu: Any, logvar: Any) -> None:
         )
 
 
+def _check_clamp(clamp: Any) -> tuple[float, float] | None:
+    if clamp is None:
+        return None
+    numbers = isinstance(clamp, (tuple, list)) and len(clamp) == 2
+    if not numbers or not all(isinstance(b, (int, float)) for b in clamp):
+        raise TypeError(f"reparameterize: clamp must be two numbers, got {clamp!r}")
+    low, high = map(float, clamp)
+    if not low <= high:
+        raise ValueError(f"reparameterize: clamp must be low <= high, got {clamp}")
+    return low, high
+
+
+def _check_samples(samples: Any) -> int | None:
+    if samples is None:
+        return None
+    if isinstance(samples, bool) or not isinstance(samples, (int, np.integer)):
+        raise TypeError(f"reparameterize: samples must be an integer, got {type(samples).__name__}")
+    if samples < 1:
+        raise ValueError(f"reparameterize: samples must be >= 1, got {samples}")
+    return int(samples)
+
+
 def check(
-    mu: Any, logvar: Any, seeds: Any, step: Any, stream: Any
-) -> tuple[torch.Tensor, int, int]:
+    mu: Any, logvar: Any, seeds: Any, step: Any, stream: Any, clamp: Any, samples: Any
+) -> tuple[torch.Tensor, int, int, tuple[float, float] | None, int | None]:
     _check_tensors(mu, logvar)
     values = seeds_of("reparameterize", seeds, mu)
     counters = (("step", step), ("stream", stream))
     step, stream = (check_counter("reparameterize", *counter) for counter in counters)
-    return values, step, stream
+    return values, step, stream, _check_clamp(clamp), _check_samples(samples)
