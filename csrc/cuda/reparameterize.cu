@@ -113,7 +113,6 @@ extern "C" __global__ void __launch_bounds__(256)
       };
       const int64_t at = unit * FD_PACK, here = sample * size + at;
       const int count = size - at < FD_PACK ? static_cast<int>(size - at) : FD_PACK;
-      fd_load_pack<FD_DTYPE, FD_PACK>(mu, here, count, m);
       fd_load_pack<FD_DTYPE, FD_PACK>(logvar, here, count, lv);
 #pragma unroll
       for (int i = 0; i < FD_PACK; ++i) {
@@ -124,6 +123,9 @@ extern "C" __global__ void __launch_bounds__(256)
 #pragma unroll 1
         for (number = 0; number < draws; ++number) fd_for_unit<1>(shape, unit, draw, add);
       }
+      // again, from the cache: kept over the draws, it would not fit the registers
+      fd_load_pack<FD_DTYPE, FD_PACK>(logvar, here, count, lv);
+      fd_load_pack<FD_DTYPE, FD_PACK>(mu, here, count, m);
 #pragma unroll
       for (int i = 0; i < FD_PACK; ++i) {
         if (!FD_VECTOR && i >= count) break;
