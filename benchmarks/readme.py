@@ -76,6 +76,7 @@ BENCHMARKS = (
     "brownian.json",
     "dynamic_threshold.json",
     "noise.json",
+    "add_noise.json",
     "reparameterize.json",
     "film_norm.json",
     "film_conv2d.json",

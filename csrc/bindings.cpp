@@ -83,6 +83,16 @@ void brownian(Address seeds, Address counters, Address weights, int64_t draws, u
   active->brownian(args);
 }
 
+void add_noise(Address x0, int dtype, Address alpha, Address sigma, Address seeds, uint32_t step,
+               uint32_t stream, int64_t samples, int64_t size, int64_t channels, int target_kind,
+               Address x, Address target) {
+  const FdAddNoiseArgs args{at<void>(x0), dtype, at<float>(alpha), at<float>(sigma),
+                            at<int64_t>(seeds), step, stream, samples, size, channels, target_kind,
+                            at<void>(x), at<void>(target)};
+  nb::gil_scoped_release release;
+  active->add_noise(args);
+}
+
 void dynamic_threshold(Address x, int64_t samples, int64_t size, int64_t rank, double weight,
                        float most, Address quantile, Address out) {
   const FdThresholdArgs args{at<float>(x), samples, size, rank, weight, most,
@@ -224,20 +234,23 @@ nb::object modulate(nb::handle x, nb::handle scale, nb::handle shift, nb::handle
 }
 
 void reparameterize(Address mu, Address logvar, int in_dtype, Address seeds, uint32_t step,
-                    uint32_t stream, int64_t samples, int64_t size, Address z, Address kl) {
+                    uint32_t stream, float low, float high, int64_t draws, int64_t samples,
+                    int64_t size, Address z, Address kl) {
   const FdReparameterizeArgs args{at<void>(mu), at<void>(logvar), in_dtype, at<int64_t>(seeds),
-                                  step, stream, samples, size, at<void>(z), at<float>(kl)};
+                                  step, stream, low, high, draws, samples, size, at<void>(z),
+                                  at<float>(kl)};
   nb::gil_scoped_release release;
   active->reparameterize(args);
 }
 
 void reparameterize_backward(Address grad_z, Address grad_kl, Address mu, Address logvar,
                              int in_dtype, Address seeds, uint32_t step, uint32_t stream,
-                             int64_t samples, int64_t size, Address grad_mu,
-                             Address grad_logvar) {
+                             float low, float high, int64_t draws, int64_t samples, int64_t size,
+                             Address grad_mu, Address grad_logvar) {
   const FdReparameterizeBackwardArgs args{
       at<void>(grad_z), at<float>(grad_kl), at<void>(mu), at<void>(logvar), in_dtype,
-      at<int64_t>(seeds), step, stream, samples, size, at<void>(grad_mu), at<void>(grad_logvar)};
+      at<int64_t>(seeds), step, stream, low, high, draws, samples, size, at<void>(grad_mu),
+      at<void>(grad_logvar)};
   nb::gil_scoped_release release;
   active->reparameterize_backward(args);
 }
@@ -250,6 +263,7 @@ NB_MODULE(_cpu, m) {
   m.def("isa", [] { return active->name; }, "The instruction set in use.");
   m.def("set_isa", &set_isa, "Use this instruction set from now on.");
   m.def("noise", &noise);
+  m.def("add_noise", &add_noise);
   m.def("brownian", &brownian);
   m.def("dynamic_threshold", &dynamic_threshold);
   m.def("reverse_step", &reverse_step);

@@ -85,6 +85,26 @@ FD_INLINE float fd_exp(float x) {
   return fd_exp_finish(r, scale);
 }
 
+FD_INLINE float fd_clamp(float x, float low, float high) {
+  const float raised = low > x ? low : x;  // NaN passes through
+  return high < raised ? high : raised;
+}
+
+// Where the slope of fd_clamp is 0; not at the bounds, as torch.clamp has it, and not for NaN.
+FD_INLINE bool fd_beyond(float x, float low, float high) { return x < low || x > high; }
+
+// Elements from one of several draws of a sample to the next: each starts at a Philox block.
+FD_INLINE int64_t fd_draw_stride(int64_t size) { return (size + 3) / 4 * 4; }
+
+// What a model is asked to predict; positions in PREDICTIONS of fastdiff/reference/diffusion.py.
+enum FdTarget : int { kEpsilon = 0, kSample = 1, kVPrediction = 2, kFlow = 3 };
+
+template <int kTarget>
+FD_INLINE float fd_target(float x0, float eps, float alpha, float sigma) {
+  if (kTarget == kVPrediction) return alpha * eps - sigma * x0;
+  return kTarget == kFlow ? eps - x0 : kTarget == kEpsilon ? eps : x0;
+}
+
 FD_INLINE float fd_add_term(float acc, float coefficient, float term) {
   return acc + coefficient * term;
 }

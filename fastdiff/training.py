@@ -18,7 +18,7 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,124 +27,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastdiff import checkpoints, data, schedules, solvers
+from fastdiff._train_config import TrainConfig, progress_of
 from fastdiff.models.unet import UNet, UNetConfig
-from fastdiff.reference.diffusion import min_snr_weight, simple_loss, to_prediction
+from fastdiff.ops import add_noise
+from fastdiff.reference.diffusion import min_snr_weight, simple_loss
 from fastdiff.sampler import Sampler
 
-__all__ = ["TrainConfig", "main", "parse", "progress_of", "train"]
+__all__ = ["TrainConfig", "main", "noised", "parse", "progress_of", "train"]
 
 # a step never takes this long; a longer gap is a stopped process, and no training time
 _PAUSE_SECONDS = 5.0
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """What `fastdiff train` takes; each field is an option of the same name.
-
-    Args:
-        out: folder for the checkpoint, the sample grids and the final weights.
-        name: file name of the final weights and their card.
-        data: folder of the IDX files.
-        steps: optimizer steps.
-        max_minutes: end after this much training time, the learning rate decayed by then; 0 for no
-            limit. Pauses of the process are not counted.
-        batch: images a step.
-        lr: peak learning rate.
-        warmup: steps of linear warm-up.
-        weight_decay: of AdamW.
-        clip: largest norm of the gradient.
-        ema: decay of the averaged weights, reached as (1 + step) / (10 + step).
-        label_dropout: share of images trained as the null class.
-        guidance: weight of classifier-free guidance in the sample grids, and the card's advice.
-        gamma: min-SNR clips the signal-to-noise ratio here; 0 weighs every time alike.
-        schedule: a name of `schedules.NAMES` that needs no arguments and is discrete.
-        prediction: what the model predicts: epsilon, sample or v_prediction.
-        channels: widths of the U-Net's levels.
-        blocks: residual blocks a level.
-        patch_size: space-to-depth factor of the U-Net.
-        dtype: "bfloat16" (autocast) or "float32".
-        device: where to train.
-        threads: CPU threads, 0 for torch's choice.
-        seed: of the weights, the order of the images, times, noises and dropped labels.
-        save_every: steps between checkpoints.
-        sample_every: steps between sample grids.
-        resume: continue from the checkpoint in `out`.
-    """
-
-    out: str
-    name: str = "fashion"
-    data: str = str(data.DEFAULT_FOLDER)
-    steps: int = 15000
-    max_minutes: float = 0.0
-    batch: int = 64
-    lr: float = 1e-3
-    warmup: int = 300
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    ema: float = 0.999
-    label_dropout: float = 0.1
-    guidance: float = 1.5
-    gamma: float = 5.0
-    schedule: str = "cosine"
-    prediction: str = "v_prediction"
-    channels: tuple[int, ...] = (64, 128)
-    blocks: int = 1
-    patch_size: int = 2
-    dtype: str = "bfloat16"
-    device: str = "cpu"
-    threads: int = 0
-    seed: int = 0
-    save_every: int = 500
-    sample_every: int = 2000
-    resume: bool = False
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "channels", tuple(self.channels))
-        for key in ("steps", "batch", "save_every", "sample_every"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"train: {key} must be >= 1, got {getattr(self, key)}")
-        for key in (
-            "max_minutes",
-            "warmup",
-            "weight_decay",
-            "guidance",
-            "gamma",
-            "threads",
-            "seed",
-        ):
-            if not getattr(self, key) >= 0:
-                raise ValueError(f"train: {key} must be >= 0, got {getattr(self, key)}")
-        for key in ("lr", "clip"):
-            if not getattr(self, key) > 0:
-                raise ValueError(f"train: {key} must be > 0, got {getattr(self, key)}")
-        for key in ("ema", "label_dropout"):
-            if not 0 <= getattr(self, key) < 1:
-                raise ValueError(f"train: {key} must lie in [0, 1), got {getattr(self, key)}")
-        predictions = ("epsilon", "sample", "v_prediction")
-        if self.prediction not in predictions:
-            rule = f"be one of {predictions}, got {self.prediction!r}"
-            raise ValueError(f"train: prediction must {rule}")
-        if self.dtype not in ("bfloat16", "float32"):
-            raise ValueError(f"train: dtype must be 'bfloat16' or 'float32', got {self.dtype!r}")
-
-    def command(self) -> str:
-        """The command line that gives this config, defaults left out."""
-        words = ["fastdiff train"]
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.name == "resume" or (f.name != "out" and value == f.default):
-                continue
-            text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            words.append(f"--{f.name.replace('_', '-')} {text}")
-        return " ".join(words)
-
-
-def progress_of(config: TrainConfig, step: int, elapsed: float) -> float:
-    """Share of the run that is done, in [0, 1]: of the steps or of the minutes, the larger."""
-    share = step / config.steps
-    if config.max_minutes:
-        share = max(share, elapsed / (60 * config.max_minutes))
-    return min(share, 1.0)
 
 
 def _generator(seed: int, counter: int, stream: int) -> torch.Generator:
@@ -152,6 +44,37 @@ def _generator(seed: int, counter: int, stream: int) -> torch.Generator:
     # torch's CPU generator takes 32 bits of a seed and drops the rest, so the seeds are folded in
     # by a multiplication (Knuth's, of odd 2^31 / golden ratio) rather than by a shift
     return torch.Generator().manual_seed((stream << 31) + (seed * 1327217885 + counter) % (1 << 31))
+
+
+def noised(
+    schedule: schedules.Schedule,
+    x0: Tensor,
+    t: Tensor,
+    seeds: Any,
+    *,
+    target: str = "epsilon",
+    step: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Data at the times `t` of a schedule, and the training target: `ops.add_noise` at alpha(t).
+
+    Args:
+        schedule: gives alpha and sigma.
+        x0: (N, *S), as `ops.add_noise` takes it.
+        t: (N,) times as the schedule counts them, on any device: the coefficients are made on the
+            CPU, in float64.
+        seeds, target, step: as `ops.add_noise` takes them.
+
+    Returns:
+        x and the target, as `ops.add_noise` returns them.
+
+    Raises:
+        TypeError, ValueError: an argument breaks its rule.
+    """
+    if not isinstance(t, Tensor):
+        raise TypeError(f"noised: t must be a tensor, got {type(t).__name__}")
+    times = t.detach().cpu().numpy()
+    alpha, sigma = schedule.alpha(times), schedule.sigma(times)
+    return add_noise(x0, seeds, alpha, sigma, target=target, step=step)
 
 
 class _Run:
@@ -181,11 +104,11 @@ class _Run:
             weight_decay=config.weight_decay, fused=True,
         )  # fmt: skip
         times = torch.arange(len(self.schedule.alphas_cumprod))
-        self.alphas = torch.from_numpy(self.schedule.alpha(times.numpy()))
-        self.sigmas = torch.from_numpy(self.schedule.sigma(times.numpy()))
-        self.weights = torch.ones_like(self.alphas)
+        alphas = torch.from_numpy(self.schedule.alpha(times.numpy()))
+        sigmas = torch.from_numpy(self.schedule.sigma(times.numpy()))
+        self.weights = torch.ones_like(alphas)
         if config.gamma:
-            self.weights = min_snr_weight(config.prediction, self.alphas, self.sigmas, config.gamma)
+            self.weights = min_snr_weight(config.prediction, alphas, sigmas, config.gamma)
         self.step = 0
         self.elapsed = 0.0
         self.losses: list[float] = []
@@ -196,12 +119,10 @@ class _Run:
 
     def advance(self) -> float:
         """One optimizer step and one EMA update; returns the weighted loss."""
-        c, n = self.config, self.config.batch
-        x0, label, t, noise = self._batch()
-        column = (n, 1, 1, 1)
-        alpha, sigma = self.alphas[t].float().view(column), self.sigmas[t].float().view(column)
-        x, target = alpha * x0 + sigma * noise, to_prediction(c.prediction, x0, noise, alpha, sigma)
-        x, target, times, label = (a.to(c.device) for a in (x, target, t.float(), label))
+        c = self.config
+        x0, label, t = self._batch()
+        x0, times, label = (a.to(c.device) for a in (x0, t.float(), label))
+        x, target = self._noisy(x0, t)
         rate = c.lr * min(1.0, (self.step + 1) / max(c.warmup, 1))
         for group in self.optimizer.param_groups:
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * self.progress))
@@ -221,8 +142,8 @@ class _Run:
         self.losses.append(loss.item())
         return self.losses[-1]
 
-    def _batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Images, labels (-1 where dropped), integer times and noise of the present step."""
+    def _batch(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Images, labels (-1 where dropped) and integer times of the present step."""
         c, n = self.config, self.config.batch
         epoch, place = divmod(self.step, len(self.images) // n)
         order = _generator(c.seed, epoch, 1)
@@ -231,10 +152,17 @@ class _Run:
         x0 = self.images[index]
         # one time in each n-th of the range: the loss varies less than with independent times
         share = (torch.arange(n) + torch.rand(n, generator=draw, dtype=torch.float64)) / n
-        t = (share * len(self.alphas)).long()
+        t = (share * len(self.weights)).long()
         dropped = torch.rand(n, generator=draw) < c.label_dropout
         label = self.labels[index].masked_fill(dropped, -1)
-        return x0, label, t, torch.randn(x0.shape, generator=draw)
+        return x0, label, t
+
+    def _noisy(self, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """What the model sees of the images at the present step, and what it should answer."""
+        c = self.config
+        # a seed is an image's place in the batch; runs of other seeds have places of their own
+        first = c.seed * c.batch % (1 << 62)
+        return noised(self.schedule, x0, t, first, target=c.prediction, step=self.step)
 
     def save(self, path: Path) -> None:
         """Write the checkpoint whole or not at all."""

@@ -155,14 +155,15 @@ def normal4(seed, stream, step, low, high):
 
 
 @triton.jit
-def normal_run(seed, stream, step, tile, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK normals of consecutive elements of one sample, from element tile * BLOCK on."""
+def normal_run(seed, stream, step, tile, WIDE: tl.constexpr, BLOCK: tl.constexpr, first=0):
+    """BLOCK normals of consecutive elements of one sample, from block `first` and element
+    tile * BLOCK after it on."""
     quad = tl.arange(0, BLOCK // 4)
     if WIDE:
-        block = tile.to(tl.int64) * (BLOCK // 4) + quad
+        block = tile.to(tl.int64) * (BLOCK // 4) + quad + first
         high = block >> 32
     else:
-        block = tile * (BLOCK // 4) + quad
+        block = tile * (BLOCK // 4) + quad + first
         high = tile * 0
     z0, z1, z2, z3 = normal4(seed, stream, step, block, high)
     return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))

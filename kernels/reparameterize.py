@@ -14,6 +14,7 @@ import triton.language as tl
 from fastdiff.kernels._common import (
     EXACT,
     WARPS,
+    Tiles,
     device_of,
     exp,
     load_float,
@@ -29,6 +30,12 @@ from fastdiff.ops.reparameterize import Reparameterize, ReparameterizeBackward
 _SUM_BLOCK = 1024
 
 
+@triton.jit
+def _clamp(x, low, high):
+    """As `fd_clamp` of csrc/step.h: NaN passes through."""
+    return tl.where(x < low, low, tl.where(x > high, high, x))
+
+
 @triton.jit(do_not_specialize=["step", "stream"])
 def reparameterize_kernel(
     mu,
@@ -36,6 +43,9 @@ def reparameterize_kernel(
     seeds,
     step,
     stream,
+    low,
+    high,
+    draws,
     z,
     partial,
     size,
@@ -51,10 +61,16 @@ def reparameterize_kernel(
     start = sample.to(tl.int64) * size
     offset, mask = run_tile(tile, size, WIDE, BLOCK)
     m = load_float(mu + start + offset, mask)
-    lv = load_float(logvar + start + offset, mask)
-    eps = normal_run(tl.load(seeds + sample), stream, step, tile, WIDE, BLOCK)
+    lv = _clamp(load_float(logvar + start + offset, mask), low, high)
     sd = exp(0.5 * lv)
-    store_float(z + start + offset, m + sd * eps, mask)
+    seed = tl.load(seeds + sample)
+    to = z + start * draws
+    first = tl.zeros((), tl.int64) if WIDE else tl.zeros((), tl.int32)
+    for _ in range(draws):
+        eps = normal_run(seed, stream, step, tile, WIDE, BLOCK, first)
+        store_float(to + offset, m + sd * eps, mask)
+        to += size
+        first += tl.cdiv(size, 4)
     # sd^2 - 1 is exact where the variance is near 1, so a posterior at the prior costs no digits
     total = tl.sum(tl.where(mask, m * m + ((sd * sd - 1.0) - lv), 0.0))
     tl.store(partial + program, 0.5 * total if WHOLE else total)
@@ -82,6 +98,9 @@ def reparameterize_backward_kernel(
     seeds,
     step,
     stream,
+    low,
+    high,
+    draws,
     grad_mu,
     grad_logvar,
     size,
@@ -100,17 +119,34 @@ def reparameterize_backward_kernel(
     lv = load_float(logvar + start + offset, mask)
     # without a gradient through kl its weight is 0, and not left out: a NaN in mu must come through
     k = tl.load(grad_kl + sample) if THROUGH_KL else tl.full((), 0.0, tl.float32)
-    sd = exp(0.5 * lv)
+    sd = exp(0.5 * _clamp(lv, low, high))
+    to_mu = k * m
+    to_logvar = k * (sd * sd - 1.0)
     if THROUGH_Z:
-        g = load_float(grad_z + start + offset, mask)
-        eps = normal_run(tl.load(seeds + sample), stream, step, tile, WIDE, BLOCK)
-        to_mu = g + k * m
-        to_logvar = 0.5 * (g * (sd * eps) + k * (sd * sd - 1.0))
-    else:
-        to_mu = k * m
-        to_logvar = 0.5 * (k * (sd * sd - 1.0))
+        seed = tl.load(seeds + sample)
+        given = grad_z + start * draws
+        first = tl.zeros((), tl.int64) if WIDE else tl.zeros((), tl.int32)
+        total = tl.zeros((BLOCK,), tl.float32)
+        weighted = total
+        for j in range(draws):
+            g = load_float(given + offset, mask)
+            eps = normal_run(seed, stream, step, tile, WIDE, BLOCK, first)
+            # not 0 + g, which would turn -0 into 0
+            total = tl.where(j == 0, g, total + g)
+            weighted = tl.where(j == 0, g * (sd * eps), weighted + g * (sd * eps))
+            given += size
+            first += tl.cdiv(size, 4)
+        to_mu = total + to_mu
+        to_logvar = weighted + to_logvar
+    to_logvar = tl.where((lv < low) | (lv > high), 0.0, 0.5 * to_logvar)
     store_float(grad_mu + start + offset, to_mu, mask)
     store_float(grad_logvar + start + offset, to_logvar, mask)
+
+
+def _plan(mu: torch.Tensor, draws: int) -> Tiles:
+    plan = tiles(mu, torch.contiguous_format, by_logical_index=True)
+    # the draws of a sample count their blocks on
+    return plan._replace(WIDE=plan.WIDE or draws * (mu[0].numel() + 4) >= 2**31)
 
 
 def reparameterize(call: Reparameterize) -> None:
@@ -119,7 +155,7 @@ def reparameterize(call: Reparameterize) -> None:
     if mu.numel() == 0:
         kl.zero_()
         return
-    plan = tiles(mu, torch.contiguous_format, by_logical_index=True)
+    plan = _plan(mu, call.draws)
     samples, whole = mu.shape[0], plan.count == 1
     partial = kl if whole else kl.new_empty(samples * plan.count)
     with device_of(mu):
@@ -129,6 +165,9 @@ def reparameterize(call: Reparameterize) -> None:
             call.seeds,
             signed(call.step),
             signed(call.stream),
+            call.low,
+            call.high,
+            call.draws,
             call.z,
             partial,
             mu[0].numel(),
@@ -148,7 +187,7 @@ def reparameterize_backward(call: ReparameterizeBackward) -> None:
     mu = call.mu
     if mu.numel() == 0:
         return
-    plan = tiles(mu, torch.contiguous_format, by_logical_index=True)
+    plan = _plan(mu, call.draws)
     with device_of(mu):
         reparameterize_backward_kernel[(mu.shape[0] * plan.count,)](
             call.grad_z,
@@ -158,6 +197,9 @@ def reparameterize_backward(call: ReparameterizeBackward) -> None:
             call.seeds,
             signed(call.step),
             signed(call.stream),
+            call.low,
+            call.high,
+            call.draws,
             call.grad_mu,
             call.grad_logvar,
             mu[0].numel(),

@@ -12,6 +12,7 @@ import torch
 from fastdiff.table import Row, StepTable
 
 # importlib: `fastdiff.ops.noise` is a module, but for `reverse_step` the function hides it
+add_noise_op = importlib.import_module("fastdiff.ops.add_noise")
 brownian_op = importlib.import_module("fastdiff.ops.brownian")
 noise_op = importlib.import_module("fastdiff.ops.noise")
 step_op = importlib.import_module("fastdiff.ops.reverse_step")
@@ -35,6 +36,13 @@ def _brownian(
     out = torch.empty(_SHAPE, dtype=dtype).contiguous(memory_format=fmt)
     more = {"add_to": out.clone(), "scale": 0.5} if added else {}
     return brownian_op.prepare(range(4), _SHAPE[1:], 0.3, 0.4, out=out, **more)
+
+
+def _add_noise(
+    dtype: torch.dtype, target: str, fmt: torch.memory_format = torch.contiguous_format
+) -> Any:
+    x0 = torch.empty(_SHAPE, dtype=dtype).contiguous(memory_format=fmt)
+    return add_noise_op.prepare(x0, range(4), 0.8, 0.6, target=target)
 
 
 _EVERY = dict.fromkeys(("x", "m", "d", "h0", "n1", "n2", "u"), 0.5)
@@ -81,16 +89,16 @@ def _step(
     return step_op.prepare(x, model, _TABLE, index, **given)
 
 
-def _vae(dtype: torch.dtype) -> Any:
+def _vae(dtype: torch.dtype, samples: int | None = None) -> Any:
     mu = torch.empty(4, 16, 32, 32, dtype=dtype)
-    return vae_op.prepare(mu, mu.clone(), 3)
+    return vae_op.prepare(mu, mu.clone(), 3, samples=samples)
 
 
-def _vae_backward(dtype: torch.dtype) -> Any:
-    call = _vae(dtype)
-    mu = call.mu
+def _vae_backward(dtype: torch.dtype, samples: int | None = None) -> Any:
+    call = _vae(dtype, samples)
+    mu, how = call.mu, (call.step, call.stream, call.low, call.high, call.draws)
     return vae_op.ReparameterizeBackward(
-        mu, call.kl, mu, call.logvar, call.seeds, 0, 3, mu.clone(), mu.clone()
+        call.z, call.kl, mu, call.logvar, call.seeds, *how, mu.clone(), mu.clone()
     )
 
 
@@ -111,6 +119,10 @@ CASES: dict[str, tuple[str, Callable[[], Any]]] = {
     "noise f32": ("noise", lambda: _noise(F32)),
     "noise bf16": ("noise", lambda: _noise(BF16)),
     "noise f32 channels_last": ("noise", lambda: _noise(F32, LAST)),
+    "add_noise f32": ("add_noise", lambda: _add_noise(F32, "epsilon")),
+    "add_noise f32 v_prediction": ("add_noise", lambda: _add_noise(F32, "v_prediction")),
+    "add_noise bf16": ("add_noise", lambda: _add_noise(BF16, "flow")),
+    "add_noise f32 channels_last": ("add_noise", lambda: _add_noise(F32, "sample", LAST)),
     "brownian f32": ("brownian", lambda: _brownian(F32)),
     "brownian f32 added": ("brownian", lambda: _brownian(F32, added=True)),
     "brownian bf16": ("brownian", lambda: _brownian(BF16)),
@@ -130,6 +142,8 @@ CASES: dict[str, tuple[str, Callable[[], Any]]] = {
     "reparameterize bf16": ("reparameterize", lambda: _vae(BF16)),
     "reparameterize backward f32": ("reparameterize_backward", lambda: _vae_backward(F32)),
     "reparameterize backward bf16": ("reparameterize_backward", lambda: _vae_backward(BF16)),
+    "reparameterize 5 f32": ("reparameterize", lambda: _vae(F32, 5)),
+    "reparameterize 5 backward f32": ("reparameterize_backward", lambda: _vae_backward(F32, 5)),
     "modulate f32": ("modulate", lambda: _modulate(F32)),
     "modulate bf16": ("modulate", lambda: _modulate(BF16)),
     "modulate bf16 alone": ("modulate", lambda: _modulate(BF16, added=False)),
@@ -144,6 +158,7 @@ CASES |= {f"film_norm {name}": ("film_norm", make) for name, make in film_cases.
 # cases with a bfloat16 tensor among their outputs
 STORES_BF16 = {
     "noise bf16",
+    "add_noise bf16",
     "brownian bf16",
     "step ddim guided bf16",
     "step everything bf16",

@@ -92,6 +92,7 @@ _TYPES = {
 }
 _MODULES = {
     "noise": "noise",
+    "add_noise": "add_noise",
     "brownian": "brownian",
     "reverse_step": "reverse_step",
     "reparameterize": "reparameterize",

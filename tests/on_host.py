@@ -15,6 +15,7 @@ TESTS = Path(__file__).resolve().parent
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 KERNELS = {
     "noise.cu": ("noise",),
+    "add_noise.cu": ("add_noise",),
     "brownian.cu": ("brownian",),
     "reverse_step.cu": ("reverse_step",),
     "film_norm.cu": (

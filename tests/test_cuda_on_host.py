@@ -20,7 +20,17 @@ from tables import random_inputs, random_table, walk
 
 from fastdiff import randn, use_backend
 from fastdiff.backends import Implementation
-from fastdiff.ops import OPS, _launches, _native, brownian, reparameterize, reverse_step
+from fastdiff.ops import (
+    OPS,
+    _launches,
+    _native,
+    add_noise,
+    brownian,
+    reparameterize,
+    reverse_step,
+)
+from fastdiff.reference.diffusion import PREDICTIONS
+from fastdiff.reference.reparameterize import UNBOUNDED
 from fastdiff.reference.reparameterize import reparameterize as exact_reparameterize
 from fastdiff.table import Row, StepTable
 
@@ -56,7 +66,7 @@ def on_host(host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[Swap]:
     def swap() -> None:
         # else the C++ checks take the call and run their own kernel
         monkeypatch.setattr(_native, "reads_tensors", False)
-        for name in ("noise", "brownian", "reverse_step", "reparameterize"):
+        for name in ("noise", "add_noise", "brownian", "reverse_step", "reparameterize"):
             monkeypatch.setitem(OPS[name].backends, "cpu", runs(name))
         monkeypatch.setitem(backward.backends, "cpu", runs("reparameterize_backward"))
 
@@ -97,6 +107,18 @@ def test_brownian(on_host: Swap, size: tuple[int, ...], dtype: torch.dtype, fmt:
     brownian(SEEDS, size, 0.3, 0.4, out=outs[1], **given)
     assert_same_bits(outs[1], outs[0])
     assert_same_bits(brownian(SEEDS, size, 0.3, 0.4, add_to=x, scale=0.7, **given), added)
+
+
+@pytest.mark.parametrize(("size", "dtype", "fmt"), NOISE.values(), ids=NOISE)
+def test_add_noise(on_host: Swap, size: tuple[int, ...], dtype: torch.dtype, fmt: Any) -> None:
+    x0 = randn([8, 9, 10], size).to(dtype).contiguous(memory_format=fmt)
+    given = (x0, SEEDS, torch.tensor([0.9, 0.0, 0.3]), torch.tensor([0.1, 1.0, 0.7]))
+    expected = {t: add_noise(*given, target=t, step=2**32 - 1) for t in PREDICTIONS}
+    on_host()
+    for target, results in expected.items():
+        got = add_noise(*given, target=target, step=2**32 - 1)
+        for a, b in zip(got, results, strict=True):
+            assert_same_bits(a, b, target)
 
 
 WEIGHTS = torch.tensor([1.0, 3.0, 0.0])
@@ -176,18 +198,23 @@ VAES = {
 }
 
 
+@pytest.mark.parametrize("how", ({}, {"samples": 3, "clamp": (-0.5, 0.25)}), ids=("one", "three"))
 @pytest.mark.parametrize(("size", "dtype"), VAES.values(), ids=VAES)
-def test_reparameterize(on_host: Swap, size: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_reparameterize(
+    on_host: Swap, size: tuple[int, ...], dtype: torch.dtype, how: dict[str, Any]
+) -> None:
     rng = np.random.default_rng(0)
     shape = (len(SEEDS), *size)
-    mu, logvar, grad_z = (torch.from_numpy(rng.standard_normal(shape)).to(dtype) for _ in range(3))
+    mu, logvar = (torch.from_numpy(rng.standard_normal(shape)).to(dtype) for _ in range(2))
+    grad_z = torch.from_numpy(rng.standard_normal((len(SEEDS), how.get("samples", 1), *size)))
+    grad_z = (grad_z if how else grad_z[:, 0]).to(dtype)
     grad_kl = torch.from_numpy(rng.standard_normal(len(SEEDS))).float()
 
     def run() -> tuple[torch.Tensor, list[torch.Tensor]]:
         found = []
         for through in ("zk", "z", "k"):
             m, lv = mu.clone().requires_grad_(), logvar.clone().requires_grad_()
-            z, kl = reparameterize(m, lv, SEEDS, step=7)
+            z, kl = reparameterize(m, lv, SEEDS, step=7, **how)
             outputs = [z] * ("z" in through) + [kl] * ("k" in through)
             given = [grad_z] * ("z" in through) + [grad_kl] * ("k" in through)
             found += [z.detach(), *torch.autograd.grad(outputs, (m, lv), given)]
@@ -195,12 +222,14 @@ def test_reparameterize(on_host: Swap, size: tuple[int, ...], dtype: torch.dtype
 
     _, expected = run()
     with use_backend("reference"):
-        reference = reparameterize(mu, logvar, SEEDS, step=7)[1]
+        reference = reparameterize(mu, logvar, SEEDS, step=7, **how)[1]
     on_host()
     kl, got = run()
     for g, e in zip(got, expected, strict=True):
         assert_same_bits(g, e)
-    _, exact = exact_reparameterize(mu.double(), logvar.double(), torch.zeros(shape).double())
+    bounds = how.get("clamp", UNBOUNDED)
+    wide = (mu.double(), logvar.double(), torch.zeros(shape).double())
+    _, exact = exact_reparameterize(*wide, bounds)
     # a thread adds up 16 terms and a block 256 threads; the terms are positive, each addition
     # rounds by half a ulp: 16 + 8 of them, and some more in the terms
     assert_within_budget(kl, reference, exact, ulps=16)

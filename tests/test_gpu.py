@@ -19,12 +19,15 @@ from fastdiff.backends import Implementation, unavailable
 from fastdiff.ops import (
     OPS,
     _native,
+    add_noise,
     brownian,
     guidance_rescale,
     reparameterize,
     reverse_step,
 )
+from fastdiff.reference.diffusion import PREDICTIONS
 from fastdiff.reference.guidance_rescale import guidance_rescale as exact_rescale
+from fastdiff.reference.reparameterize import UNBOUNDED
 from fastdiff.reference.reparameterize import reparameterize as exact_reparameterize
 
 pytestmark = [
@@ -113,6 +116,20 @@ def test_brownian(backend: str, size: tuple[int, ...], dtype: torch.dtype) -> No
             added = brownian([1, 2, 3], size, 0.3, 0.4, add_to=x.cuda(), scale=0.7)
         assert_same_bits(out, brownian([1, 2, 2**64 - 1], size, 0.3, 0.4, dtype=dtype))
         assert_same_bits(added, brownian([1, 2, 3], size, 0.3, 0.4, add_to=x, scale=0.7))
+
+
+@pytest.mark.parametrize("dtype", (F32, BF16), ids=str)
+@pytest.mark.parametrize("size", ((1,), (5,), (1025,), (3, 5, 7), (8, 64, 64)), ids=str)
+def test_add_noise(backend: str, size: tuple[int, ...], dtype: torch.dtype) -> None:
+    alpha, sigma = torch.tensor([0.9, 0.0, 0.3]), torch.tensor([0.1, 1.0, 0.7])
+    for fmt in (PLAIN, LAST) if len(size) == 3 else (PLAIN,):
+        x0 = randn([8, 9, 10], size).to(dtype).contiguous(memory_format=fmt)
+        for target in PREDICTIONS:
+            given: Any = {"alpha": alpha, "sigma": sigma, "target": target}
+            with use_backend(backend):
+                got = add_noise(x0.cuda(), [1, 2, 2**64 - 1], **given)
+            for a, b in zip(got, add_noise(x0, [1, 2, 2**64 - 1], **given), strict=True):
+                assert_same_bits(a, b, target)
 
 
 def test_noise_of_more_than_2_31_elements(backend: str) -> None:
@@ -206,21 +223,26 @@ def test_per_sample_rows(through_device: Callable[[], None], dtype: torch.dtype)
 
 @pytest.mark.parametrize("dtype", (F32, BF16, F16), ids=str)
 @pytest.mark.parametrize("n", (1, 5, 4096, 100_001), ids=lambda n: f"n{n}")
-def test_reparameterize(backend: str, dtype: torch.dtype, n: int) -> None:
+@pytest.mark.parametrize("how", ({}, {"samples": 3, "clamp": (-0.5, 0.25)}), ids=("one", "three"))
+def test_reparameterize(backend: str, dtype: torch.dtype, n: int, how: dict[str, Any]) -> None:
     rng = np.random.default_rng(0)
-    mu, logvar, grad = (torch.from_numpy(rng.standard_normal((3, n))).to(dtype) for _ in range(3))
+    mu, logvar = (torch.from_numpy(rng.standard_normal((3, n))).to(dtype) for _ in range(2))
+    shape = (3, 3, n) if how else (3, n)
+    grad = torch.from_numpy(rng.standard_normal(shape)).to(dtype)
     results = {}
     for name, device in (("cpu", "cpu"), ("reference", "cpu"), (backend, "cuda")):
         m, lv = (t.clone().to(device).requires_grad_() for t in (mu, logvar))
         with use_backend(name):
-            z, kl = reparameterize(m, lv, [1, 2, 3])
+            z, kl = reparameterize(m, lv, [1, 2, 3], **how)
             grads = torch.autograd.grad([z, kl], (m, lv), [grad.to(device), torch.ones_like(kl)])
-            again = reparameterize(m, lv, [1, 2, 3])[1]
+            again = reparameterize(m, lv, [1, 2, 3], **how)[1]
         results[name] = (z.detach(), *grads), kl.detach()
         assert_same_bits(again.detach(), kl.detach(), "a second run")
     for got, expected in zip(results[backend][0], results["cpu"][0], strict=True):
         assert_same_bits(got, expected)
-    _, exact = exact_reparameterize(mu.double(), logvar.double(), torch.zeros(3, n).double())
+    bounds = how.get("clamp", UNBOUNDED)
+    wide = (mu.double(), logvar.double(), torch.zeros(3, n).double())
+    _, exact = exact_reparameterize(*wide, bounds)
     # positive terms, added in float32 in a tree or in runs of 16
     assert_within_budget(results[backend][1].cpu(), results["reference"][1], exact, ulps=16)
 

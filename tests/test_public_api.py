@@ -14,6 +14,7 @@ import torch
 import fastdiff
 from fastdiff import table
 from fastdiff.ops import COMPOSED, CPU_ONLY, OPS, _native
+from fastdiff.reference.diffusion import PREDICTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -24,10 +25,10 @@ PUBLIC = {
         "explain", "load", "ops", "randn", "restore", "schedules", "solvers", "use_backend",
     ),
     "fastdiff.ops": (
-        "COMPOSED", "CPU_ONLY", "OPS", "Stream", "as_seeds", "brownian", "describe",
-        "dynamic_threshold", "explain", "film", "film_conv2d", "film_norm", "gated_residual",
-        "guidance_rescale", "modulate", "quantile_abs", "randn", "reparameterize",
-        "reverse_step",
+        "COMPOSED", "CPU_ONLY", "OPS", "Stream", "add_noise", "as_seeds", "brownian",
+        "describe", "dynamic_threshold", "explain", "film", "film_conv2d", "film_norm",
+        "gated_residual", "guidance_rescale", "modulate", "quantile_abs", "randn",
+        "reparameterize", "reverse_step",
     ),
     "fastdiff.schedules": ("cosine", "edm", "flow", "from_betas", "linear", "scaled_linear",
                            "sigmoid"),
@@ -161,6 +162,13 @@ FLAGS = {"kEvaluates": "EVALUATES", "kLearnedVariance": "LEARNED_VARIANCE"}
 def test_packed_rows_are_those_of_the_header(enum: str, names: dict[str, str]) -> None:
     expected = {names[key]: value for key, value in _enum("step.h", enum).items()}
     assert {name: getattr(table, name) for name in names.values()} == expected
+
+
+def test_targets_are_those_of_the_header() -> None:
+    names = {"kEpsilon": "epsilon", "kSample": "sample", "kVPrediction": "v_prediction",
+             "kFlow": "flow"}  # fmt: skip
+    got = {names[key]: value for key, value in _enum("step.h", "FdTarget").items()}
+    assert got == {name: PREDICTIONS.index(name) for name in names.values()}
 
 
 def test_dtypes_are_those_of_the_header() -> None:

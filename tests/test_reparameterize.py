@@ -23,6 +23,7 @@ from fastdiff.ops.reparameterize import (
     _cpu_backward,
 )
 from fastdiff.reference import reparameterize as reference
+from fastdiff.reference.reparameterize import UNBOUNDED
 
 # around the noise batch (64), the piece (256) and the partial sum (1,024) of the kernel, and one
 # vector of AVX-512 and AVX2 either way
@@ -92,12 +93,13 @@ def test_writes_nothing_outside_its_outputs_and_reads_misaligned_views(
         m, lv, g, z, grad_mu, grad_logvar = (guard.tensor for guard in odd)
         kl = Guard((2,))
         seeds = as_seeds(3, 2)
-        _cpu(Reparameterize(m, lv, seeds, 0, 3, z, kl.tensor))
+        _cpu(Reparameterize(m, lv, seeds, 0, 3, *UNBOUNDED, 1, z, kl.tensor))
         expected, expected_kl = reparameterize(mu, logvar, 3)
         assert_same_bits(z, expected, "z")
         assert_same_bits(kl.tensor, expected_kl, "kl")
         grad_kl = torch.tensor([0.5, -2.0])
-        _cpu_backward(ReparameterizeBackward(g, grad_kl, m, lv, seeds, 0, 3, grad_mu, grad_logvar))
+        given = (g, grad_kl, m, lv, seeds, 0, 3, *UNBOUNDED, 1)
+        _cpu_backward(ReparameterizeBackward(*given, grad_mu, grad_logvar))
         eps = randn(seeds, (size,), stream=3)
         wanted = reference.reparameterize_backward(mu + 1, grad_kl, mu, logvar, eps)
         assert_same_bits(grad_mu, wanted[0], "grad_mu")

@@ -13,7 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdiff import checkpoints, data, training
+from fastdiff import checkpoints, data, randn, schedules, training
+from fastdiff.ops import Stream
+from fastdiff.reference.diffusion import to_prediction
 from fastdiff.training import TrainConfig, progress_of
 
 COUNT = 40
@@ -151,16 +153,52 @@ def test_command_line(config, capsys):
     assert json.loads(capsys.readouterr().out)["weights"].endswith("tiny.safetensors")
 
 
-def test_batches_depend_on_the_step_alone(config):
+def drawn_by(run):
+    """All that the present step draws; where the noise is the target, it is the last."""
+    x0, label, t = run._batch()
+    return (x0, label, t, *run._noisy(x0, t))
+
+
+def test_batches_depend_on_the_step_and_the_seed_alone(config):
+    config = replace(config, prediction="epsilon")
     run, other = training._Run(config), training._Run(config)
     run.step = other.step = 3
-    first = run._batch()
-    assert all(torch.equal(a, b) for a, b in zip(first, other._batch(), strict=True))
-    run.step = 4
-    assert not torch.equal(first[3], run._batch()[3])
-    other = training._Run(replace(config, seed=6))
-    other.step = 3
-    assert not torch.equal(first[3], other._batch()[3])
+    first = drawn_by(run)
+    assert all(torch.equal(a, b) for a, b in zip(first, drawn_by(other), strict=True))
+    noises = {first[-1].numpy().tobytes()}
+    for seed, step in ((5, 4), (6, 3), (2**40 + 5, 3)):
+        other = training._Run(replace(config, seed=seed))
+        other.step = step
+        noises.add(drawn_by(other)[-1].numpy().tobytes())
+    assert len(noises) == 4
+
+
+def test_images_of_one_batch_and_of_two_runs_have_noises_of_their_own(config):
+    config = replace(config, prediction="epsilon")
+    found = [drawn_by(training._Run(replace(config, seed=seed)))[-1] for seed in (0, 1, 2)]
+    assert len({noise.numpy().tobytes() for batch in found for noise in batch}) == 3 * config.batch
+
+
+@pytest.mark.parametrize("target", ("epsilon", "v_prediction", "flow", "sample"))
+@pytest.mark.parametrize(
+    "schedule", (schedules.cosine(), schedules.edm(), schedules.flow()), ids=lambda s: s.kind
+)
+def test_noised_is_the_formula_at_the_times_of_the_schedule(schedule, target):
+    t = torch.tensor([0.3, 0.7, 1.0]) * schedule.t_max
+    x0 = randn([1, 2, 3], (2, 4, 4))
+    x, wanted = training.noised(schedule, x0, t, [7, 8, 9], target=target, step=3)
+    noise = randn([7, 8, 9], (2, 4, 4), step=3, stream=Stream.FORWARD)
+    alpha, sigma = (
+        torch.from_numpy(np.array(f(t.numpy()))).float().view(3, 1, 1, 1)
+        for f in (schedule.alpha, schedule.sigma)
+    )
+    assert torch.equal(x, alpha * x0 + sigma * noise)
+    assert torch.equal(wanted, to_prediction(target, x0, noise, alpha, sigma))
+
+
+def test_noised_refuses_times_that_are_no_tensor():
+    with pytest.raises(TypeError, match="noised: t must be a tensor, got list"):
+        training.noised(schedules.cosine(), torch.zeros(1, 2), [3], 0)
 
 
 def test_an_epoch_visits_every_image_once(config):
@@ -171,7 +209,7 @@ def test_an_epoch_visits_every_image_once(config):
         seen = []
         for step in range(COUNT // 8):
             run.step = epoch * (COUNT // 8) + step
-            x0, label, _, _ = run._batch()
+            x0, label, _ = run._batch()
             seen += x0.flatten().long().tolist()
             assert torch.equal(label, run.labels[x0.flatten().long()])
         assert sorted(seen) == list(range(COUNT))
@@ -183,7 +221,7 @@ def test_times_are_stratified_and_labels_dropped(config):
     run = training._Run(replace(config, batch=40, label_dropout=0.5))
     dropped = 0
     for run.step in range(50):
-        _, label, t, _ = run._batch()
+        _, label, t = run._batch()
         # one time in each of 40 equal parts of [0, 1000)
         assert (t // 25).tolist() == list(range(40))
         dropped += int((label == -1).sum())

@@ -21,10 +21,12 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+import triton_add_noise
 import triton_brownian
+import triton_reparameterize
 from bits import assert_same_bits
-from budget import assert_within_budget
 from fastdiff.kernels import _common
+from fastdiff.kernels import add_noise as add_noise_module
 from fastdiff.kernels import brownian as brownian_module
 from fastdiff.kernels import film_norm as film_module
 from fastdiff.kernels import noise as noise_module
@@ -34,10 +36,9 @@ from tables import Inputs, random_inputs, random_table, walk
 
 import fastdiff
 from fastdiff import randn, use_backend
-from fastdiff.ops import as_seeds, reparameterize, reverse_step
+from fastdiff.ops import as_seeds, reverse_step
 from fastdiff.ops._film_checks import FilmNorm
 from fastdiff.reference.noise import normals
-from fastdiff.reference.reparameterize import reparameterize as exact_reparameterize
 from fastdiff.table import Row, StepTable
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -60,7 +61,7 @@ def small_tiles(block: int, *, wide: bool = False) -> Iterator[None]:
     def tiles(*args: Any, **keywords: Any) -> Any:
         return make(*args, **keywords)._replace(WIDE=wide)
 
-    modules = (noise_module, brownian_module, step_module, vae_module)
+    modules = (noise_module, add_noise_module, brownian_module, step_module, vae_module)
     for module in modules:
         module.tiles = tiles
     try:
@@ -166,6 +167,11 @@ def noise_beyond_32_bits() -> None:
 @case
 def brownian_path() -> None:
     triton_brownian.run(small_tiles)
+
+
+@case
+def add_noise_targets() -> None:
+    triton_add_noise.run(small_tiles)
 
 
 # --- reverse step ---------------------------------------------------------------------------
@@ -276,46 +282,29 @@ def step_per_sample_rows() -> None:
 # --- reparameterization ---------------------------------------------------------------------
 
 
-def _vae(size: tuple[int, ...], dtype: torch.dtype) -> None:
-    rng = np.random.default_rng(0)
-    shape = (len(SEEDS), *size)
-    mu, logvar, grad_z = (torch.from_numpy(rng.standard_normal(shape)).to(dtype) for _ in range(3))
-    grad_kl = torch.from_numpy(rng.standard_normal(len(SEEDS))).float()
-    results: dict[str, list[torch.Tensor]] = {}
-    kls: dict[str, torch.Tensor] = {}
-    for backend in ("triton", "cpu", "reference"):
-        found = results[backend] = []
-        for through in ("zk", "z", "k"):
-            m, lv = mu.clone().requires_grad_(), logvar.clone().requires_grad_()
-            with use_backend(backend):
-                z, kl = reparameterize(m, lv, SEEDS, step=7)
-                outputs = [z] * ("z" in through) + [kl] * ("k" in through)
-                given = [grad_z] * ("z" in through) + [grad_kl] * ("k" in through)
-                found += [z.detach(), *torch.autograd.grad(outputs, (m, lv), given)]
-        kls[backend] = kl.detach()
-    for got, expected in zip(results["triton"], results["cpu"], strict=True):
-        assert_same_bits(got, expected, f"{size} {dtype}")
-    _, exact = exact_reparameterize(mu.double(), logvar.double(), torch.zeros(shape).double())
-    # the terms, each rounded a few times, are positive: half a ulp for each level of a sum of n
-    levels = max(1, int(np.ceil(np.log2(max(2, mu[0].numel())))))
-    assert_within_budget(kls["triton"], kls["reference"], exact, ulps=levels)
-    with use_backend("triton"):
-        again = reparameterize(mu, logvar, SEEDS, step=7)[1]
-    assert_same_bits(kls["triton"], again, "a second run")
-
-
 @case
 def reparameterize_sizes() -> None:
     for size, dtype in (((1,), F32), ((3, 7, 3), BF16), ((129,), F16), ((0,), F32)):
-        _vae(size, dtype)
+        triton_reparameterize.same(size, dtype)
+
+
+@case
+def reparameterize_samples() -> None:
+    bounded = {"samples": 3, "clamp": (-0.5, 0.25)}
+    for size, dtype in (((1,), F32), ((2, 65), F32), ((128,), BF16), ((129,), F16), ((0,), F32)):
+        triton_reparameterize.same(size, dtype, **bounded)
+    triton_reparameterize.same((129,), F32, clamp=(-0.5, 0.25))
+    for wide in (False, True):
+        with small_tiles(128, wide=wide):
+            triton_reparameterize.same((301,), F32, **bounded)
 
 
 @case
 def reparameterize_many_tiles() -> None:
     with small_tiles(128):
-        _vae((1000,), F32)
+        triton_reparameterize.same((1000,), F32)
     with small_tiles(128, wide=True):
-        _vae((300,), F32)
+        triton_reparameterize.same((300,), F32)
 
 
 # --- group normalisation and FiLM -------------------------------------------------------------

@@ -58,6 +58,19 @@ struct FdNoiseArgs {
   int out_dtype;
 };
 
+struct FdAddNoiseArgs {
+  const void* x0;
+  int dtype;           // of x0, x and target
+  const float* alpha;  // one value a sample; so is sigma
+  const float* sigma;
+  const int64_t* seeds;
+  uint32_t step, stream;
+  int64_t samples, size, channels;
+  int target_kind;  // FdTarget of step.h
+  void* x;
+  void* target;  // null where it is x0 itself
+};
+
 struct FdBrownianArgs {
   const int64_t* seeds;
   const int32_t* counters;  // of the draws; so many as weights
@@ -87,6 +100,8 @@ struct FdReparameterizeArgs {
   int in_dtype;
   const int64_t* seeds;
   uint32_t step, stream;
+  float low, high;  // bounds of logvar
+  int64_t draws;    // of each sample
   int64_t samples, size;
   void* z;
   float* kl;  // one value a sample, or null
@@ -100,6 +115,8 @@ struct FdReparameterizeBackwardArgs {
   int in_dtype;
   const int64_t* seeds;
   uint32_t step, stream;
+  float low, high;
+  int64_t draws;
   int64_t samples, size;
   void* grad_mu;
   void* grad_logvar;
@@ -163,6 +180,7 @@ struct FdKernels {
   void (*film_norm)(const FdFilmNormArgs&);
   void (*modulate)(const FdModulateArgs&);
   void (*brownian)(const FdBrownianArgs&);
+  void (*add_noise)(const FdAddNoiseArgs&);
   void (*dynamic_threshold)(const FdThresholdArgs&);
   // false, with nothing written: this instruction set cannot, or the state is none of torch's own
   bool (*torch_noise)(const FdTorchNoiseArgs&);

@@ -32,6 +32,7 @@ struct alignas(64) Scratch {
   float mu[kPiece], logvar[kPiece], grad_z[kPiece];  // 16-bit inputs, converted
   float eps[kPiece], reduced[kPiece], sd[kPiece];
   float first[kPiece], second[kPiece];  // results on their way to a 16-bit tensor
+  float sum[kPiece], weighted[kPiece];  // of the gradients of several draws
 };
 
 // The next piece of the batch, to be asked for.
@@ -64,9 +65,11 @@ inline void finish(const float* from, int dtype, void* to, int64_t at, int n) {
 
 // First half of exp(logvar / 2). As one loop the whole is a longer chain of operations than the
 // processor looks ahead, and takes a third more time.
-inline void reduce(const float* logvar, int n, Scratch& s) {
+template <class Args>
+inline void reduce(const Args& a, const float* logvar, int n, Scratch& s) {
 #pragma omp simd
-  for (int i = 0; i < n; ++i) s.reduced[i] = fd_exp_reduce(0.5f * logvar[i], s.sd[i]);
+  for (int i = 0; i < n; ++i)
+    s.reduced[i] = fd_exp_reduce(0.5f * fd_clamp(logvar[i], a.low, a.high), s.sd[i]);
 }
 
 // sd^2 - 1 is exact where the variance is near 1, so a posterior at the prior costs no digits.
@@ -74,13 +77,48 @@ FD_INLINE float kl_term(float mu, float logvar, float sd) {
   return mu * mu + ((sd * sd - 1.0f) - logvar);
 }
 
-inline void add_kl(const float* mu, const float* logvar, const float* sd, int n, float* lane) {
+inline void add_kl(const FdReparameterizeArgs& a, const float* mu, const float* logvar,
+                   const float* sd, int n, float* lane) {
+  const auto term = [&](int i) {
+    return kl_term(mu[i], fd_clamp(logvar[i], a.low, a.high), sd[i]);
+  };
   int i = 0;
   for (; i + kLanes <= n; i += kLanes) {
 #pragma omp simd
-    for (int j = 0; j < kLanes; ++j) lane[j] += kl_term(mu[i + j], logvar[i + j], sd[i + j]);
+    for (int j = 0; j < kLanes; ++j) lane[j] += term(i + j);
   }
-  for (int j = 0; i < n; ++i, ++j) lane[j] += kl_term(mu[i], logvar[i], sd[i]);
+  for (int j = 0; i < n; ++i, ++j) lane[j] += term(i);
+}
+
+// Normals of one of the draws of a sample.
+template <class Args>
+inline void draw(const Args& a, int64_t sample, int64_t number, int64_t first, int n, float* eps) {
+  fill_normal(static_cast<uint64_t>(a.seeds[sample]), a.stream, a.step,
+              number * fd_draw_stride(a.size) + first, n, eps);
+}
+
+// The sums over the draws, in their order, of grad_z and of grad_z eps sd; the first eps is drawn.
+inline void add_gradients(const FdReparameterizeBackwardArgs& a, int64_t sample, int64_t first,
+                          int n, Scratch& s) {
+  for (int64_t k = 0; k < a.draws; ++k) {
+    if (k > 0) draw(a, sample, k, first, n, s.eps);
+    const int64_t at = (sample * a.draws + k) * a.size + first;
+    const float* g = load_as_float(a.grad_z, a.in_dtype, at, n, s.grad_z);
+    if (k == 0) {
+#pragma omp simd
+      for (int i = 0; i < n; ++i) {
+        s.sd[i] = fd_exp_finish(s.reduced[i], s.sd[i]);
+        s.sum[i] = g[i];
+        s.weighted[i] = g[i] * (s.sd[i] * s.eps[i]);
+      }
+    } else {
+#pragma omp simd
+      for (int i = 0; i < n; ++i) {
+        s.sum[i] += g[i];
+        s.weighted[i] += g[i] * (s.sd[i] * s.eps[i]);
+      }
+    }
+  }
 }
 
 }  // namespace
@@ -88,7 +126,7 @@ inline void add_kl(const float* mu, const float* logvar, const float* sd, int n,
 void reparameterize(const FdReparameterizeArgs& a) {
   const int64_t chunks = (a.size + kChunk - 1) / kChunk, total = a.samples * a.size;
   double* partial = scratch<double>(a.kl ? static_cast<size_t>(a.samples * chunks) : 0);
-  parallel_for(a.samples * chunks, 2.0 * kChunk, [&](int64_t begin, int64_t end) {
+  parallel_for(a.samples * chunks, (1.0 + a.draws) * kChunk, [&](int64_t begin, int64_t end) {
     Scratch s;
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t sample = unit / chunks, start = unit % chunks * kChunk;
@@ -100,19 +138,28 @@ void reparameterize(const FdReparameterizeArgs& a) {
         const Ahead ahead(at + n, total, kPiece, a.in_dtype);
         ahead.read(a.mu);
         ahead.read(a.logvar);
-        fill_normal(static_cast<uint64_t>(a.seeds[sample]), a.stream, a.step, first, n, s.eps);
-        ahead.write(a.z);
+        draw(a, sample, 0, first, n, s.eps);
+        if (a.draws == 1) ahead.write(a.z);
         const float* mu = load_as_float(a.mu, a.in_dtype, at, n, s.mu);
         const float* logvar = load_as_float(a.logvar, a.in_dtype, at, n, s.logvar);
-        float* z = results(a.z, a.in_dtype, at, s.first);
-        reduce(logvar, n, s);
+        int64_t to = sample * a.draws * a.size + first;
+        float* z = results(a.z, a.in_dtype, to, s.first);
+        reduce(a, logvar, n, s);
 #pragma omp simd
         for (int i = 0; i < n; ++i) {
           s.sd[i] = fd_exp_finish(s.reduced[i], s.sd[i]);
           z[i] = fd_add_term(mu[i], s.sd[i], s.eps[i]);
         }
-        if (a.kl) add_kl(mu, logvar, s.sd, n, lane);
-        finish(z, a.in_dtype, a.z, at, n);
+        if (a.kl) add_kl(a, mu, logvar, s.sd, n, lane);
+        finish(z, a.in_dtype, a.z, to, n);
+        for (int64_t k = 1; k < a.draws; ++k) {
+          draw(a, sample, k, first, n, s.eps);
+          to += a.size;
+          z = results(a.z, a.in_dtype, to, s.first);
+#pragma omp simd
+          for (int i = 0; i < n; ++i) z[i] = fd_add_term(mu[i], s.sd[i], s.eps[i]);
+          finish(z, a.in_dtype, a.z, to, n);
+        }
       }
       if (!a.kl) continue;
       double sum = 0.0;
@@ -132,7 +179,7 @@ void reparameterize(const FdReparameterizeArgs& a) {
 void reparameterize_backward(const FdReparameterizeBackwardArgs& a) {
   constexpr int64_t kStep = kBackwardPiece;
   const int64_t pieces = (a.size + kStep - 1) / kStep, total = a.samples * a.size;
-  parallel_for(a.samples * pieces, 2.0 * kStep, [&](int64_t begin, int64_t end) {
+  parallel_for(a.samples * pieces, (1.0 + a.draws) * kStep, [&](int64_t begin, int64_t end) {
     Scratch s;
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t sample = unit / pieces, first = unit % pieces * kStep;
@@ -142,30 +189,40 @@ void reparameterize_backward(const FdReparameterizeBackwardArgs& a) {
       ahead.read(a.mu);
       ahead.read(a.logvar);
       if (a.grad_z) {
-        fill_normal(static_cast<uint64_t>(a.seeds[sample]), a.stream, a.step, first, n, s.eps);
-        ahead.read(a.grad_z);
+        draw(a, sample, 0, first, n, s.eps);
+        if (a.draws == 1) ahead.read(a.grad_z);
       }
       const float kl = a.grad_kl ? a.grad_kl[sample] : 0.0f;
       const float* mu = load_as_float(a.mu, a.in_dtype, at, n, s.mu);
       const float* logvar = load_as_float(a.logvar, a.in_dtype, at, n, s.logvar);
       float* grad_mu = results(a.grad_mu, a.in_dtype, at, s.first);
       float* grad_logvar = results(a.grad_logvar, a.in_dtype, at, s.second);
-      reduce(logvar, n, s);
+      reduce(a, logvar, n, s);
       ahead.write(a.grad_mu);
-      if (a.grad_z) {
+      const auto slope = [&](int i, float value) {
+        return fd_beyond(logvar[i], a.low, a.high) ? 0.0f : 0.5f * value;
+      };
+      if (a.grad_z && a.draws == 1) {
         const float* g = load_as_float(a.grad_z, a.in_dtype, at, n, s.grad_z);
 #pragma omp simd
         for (int i = 0; i < n; ++i) {
           const float sd = fd_exp_finish(s.reduced[i], s.sd[i]);
           grad_mu[i] = g[i] + kl * mu[i];
-          grad_logvar[i] = 0.5f * (g[i] * (sd * s.eps[i]) + kl * (sd * sd - 1.0f));
+          grad_logvar[i] = slope(i, g[i] * (sd * s.eps[i]) + kl * (sd * sd - 1.0f));
+        }
+      } else if (a.grad_z) {
+        add_gradients(a, sample, first, n, s);
+#pragma omp simd
+        for (int i = 0; i < n; ++i) {
+          grad_mu[i] = s.sum[i] + kl * mu[i];
+          grad_logvar[i] = slope(i, s.weighted[i] + kl * (s.sd[i] * s.sd[i] - 1.0f));
         }
       } else {
 #pragma omp simd
         for (int i = 0; i < n; ++i) {
           const float sd = fd_exp_finish(s.reduced[i], s.sd[i]);
           grad_mu[i] = kl * mu[i];
-          grad_logvar[i] = 0.5f * (kl * (sd * sd - 1.0f));
+          grad_logvar[i] = slope(i, kl * (sd * sd - 1.0f));
         }
       }
       ahead.write(a.grad_logvar);

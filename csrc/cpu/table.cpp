@@ -13,5 +13,6 @@ const FdKernels FD_SYMBOL(FD_ISA) = {FD_NAME(FD_ISA), fd::FD_ISA::noise, fd::FD_
                                      fd::FD_ISA::film_norm,
                                      fd::FD_ISA::modulate,
                                      fd::FD_ISA::brownian,
+                                     fd::FD_ISA::add_noise,
                                      fd::FD_ISA::dynamic_threshold,
                                      fd::FD_ISA::torch_noise};

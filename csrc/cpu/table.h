@@ -14,6 +14,7 @@ void reparameterize_backward(const FdReparameterizeBackwardArgs&);
 void film_norm(const FdFilmNormArgs&);
 void modulate(const FdModulateArgs&);
 void brownian(const FdBrownianArgs&);
+void add_noise(const FdAddNoiseArgs&);
 void dynamic_threshold(const FdThresholdArgs&);
 bool torch_noise(const FdTorchNoiseArgs&);
 

@@ -16,7 +16,8 @@
 
 extern "C" __global__ void __launch_bounds__(256)
     reparameterize(const void* mu, const void* logvar, const int64_t* seeds, int64_t step,
-                   int64_t stream, int64_t samples, int64_t size, void* z, float* partial) {
+                   int64_t stream, float low, float high, int64_t draws, int64_t samples,
+                   int64_t size, void* z, float* partial) {
   __shared__ float shared[256];
   const FdShape shape{size, 0, 0};
   const int64_t units = fd_units(shape);
@@ -28,7 +29,9 @@ extern "C" __global__ void __launch_bounds__(256)
     const int64_t sample = base + threadIdx.y;
     const bool present = sample < samples;
     const uint64_t seed = present ? static_cast<uint64_t>(seeds[sample]) : 0;
+    int64_t number = 0;  // of the draw
     const auto draw = [&](int, int64_t block, float* eps) {
+      block += number * (fd_draw_stride(size) / 4);
       fd_normal4(seed, static_cast<uint32_t>(stream), static_cast<uint32_t>(step),
                  static_cast<uint64_t>(block), eps[0], eps[1], eps[2], eps[3]);
     };
@@ -42,17 +45,19 @@ extern "C" __global__ void __launch_bounds__(256)
 #pragma unroll
         for (int i = 0; i < FD_PACK; ++i) {
           if (!FD_VECTOR && i >= count) break;
-          const float sd = fd_exp(0.5f * lv[i]);
+          const float bounded = fd_clamp(lv[i], low, high), sd = fd_exp(0.5f * bounded);
           out[i] = fd_add_term(m[i], sd, eps[0][i]);
           // sd^2 - 1 is exact where the variance is near 1: a posterior at the prior costs no digit
-          sum += m[i] * m[i] + ((sd * sd - 1.0f) - lv[i]);
+          if (number == 0) sum += m[i] * m[i] + ((sd * sd - 1.0f) - bounded);
         }
-        fd_store_pack<FD_DTYPE, FD_PACK>(z, here, count, out);
+        fd_store_pack<FD_DTYPE, FD_PACK>(z, (sample * draws + number) * size + at, count, out);
       };
 #pragma unroll 1
       for (int j = 0; j < FD_UNITS; ++j) {
         const int64_t unit = chunk * a_chunk + static_cast<int64_t>(j) * blockDim.x + threadIdx.x;
-        if (present && unit < units) fd_for_unit<1>(shape, unit, draw, body);
+        if (!present || unit >= units) continue;
+#pragma unroll 1
+        for (number = 0; number < draws; ++number) fd_for_unit<1>(shape, unit, draw, body);
       }
       sum = sum_of_row(sum, shared);
       if (present && threadIdx.x == 0)
@@ -78,7 +83,8 @@ extern "C" __global__ void __launch_bounds__(256)
 extern "C" __global__ void __launch_bounds__(256)
     reparameterize_backward(const void* grad_z, const float* grad_kl, const void* mu,
                             const void* logvar, const int64_t* seeds, int64_t step, int64_t stream,
-                            int64_t samples, int64_t size, void* grad_mu, void* grad_logvar) {
+                            float low, float high, int64_t draws, int64_t samples, int64_t size,
+                            void* grad_mu, void* grad_logvar) {
   const FdShape shape{size, 0, 0};
   const FdWalk walk = fd_walk();
   const int64_t units = fd_units(shape);
@@ -86,32 +92,50 @@ extern "C" __global__ void __launch_bounds__(256)
     const uint64_t seed = FD_THROUGH_Z ? static_cast<uint64_t>(seeds[sample]) : 0;
     // without a gradient through kl its weight is 0, not left out: a NaN in mu must come through
     const float k = FD_THROUGH_KL ? grad_kl[sample] : 0.0f;
+    int64_t number = 0;  // of the draw
     const auto draw = [&](int, int64_t block, float* eps) {
+      block += number * (fd_draw_stride(size) / 4);
       fd_normal4(seed, static_cast<uint32_t>(stream), static_cast<uint32_t>(step),
                  static_cast<uint64_t>(block), eps[0], eps[1], eps[2], eps[3]);
     };
-    const auto body = [&](int64_t at, int count, const float (*eps)[FD_PACK]) {
-      const int64_t here = sample * size + at;
-      float g[FD_PACK], m[FD_PACK], lv[FD_PACK], a[FD_PACK], b[FD_PACK];
-      if (FD_THROUGH_Z) fd_load_pack<FD_DTYPE, FD_PACK>(grad_z, here, count, g);
-      fd_load_pack<FD_DTYPE, FD_PACK>(mu, here, count, m);
+    for (int64_t unit = walk.unit; unit < units; unit += walk.unit_stride) {
+      float m[FD_PACK], lv[FD_PACK], sd[FD_PACK], a[FD_PACK], b[FD_PACK];
+      const auto add = [&](int64_t at, int count, const float (*eps)[FD_PACK]) {
+        float g[FD_PACK];
+        fd_load_pack<FD_DTYPE, FD_PACK>(grad_z, (sample * draws + number) * size + at, count, g);
+#pragma unroll
+        for (int i = 0; i < FD_PACK; ++i) {
+          if (!FD_VECTOR && i >= count) break;
+          const float weighted = g[i] * (sd[i] * eps[0][i]);
+          a[i] = number == 0 ? g[i] : a[i] + g[i];
+          b[i] = number == 0 ? weighted : b[i] + weighted;
+        }
+      };
+      const int64_t at = unit * FD_PACK, here = sample * size + at;
+      const int count = size - at < FD_PACK ? static_cast<int>(size - at) : FD_PACK;
       fd_load_pack<FD_DTYPE, FD_PACK>(logvar, here, count, lv);
 #pragma unroll
       for (int i = 0; i < FD_PACK; ++i) {
         if (!FD_VECTOR && i >= count) break;
-        const float sd = fd_exp(0.5f * lv[i]);
-        if (FD_THROUGH_Z) {
-          a[i] = g[i] + k * m[i];
-          b[i] = 0.5f * (g[i] * (sd * eps[0][i]) + k * (sd * sd - 1.0f));
-        } else {
-          a[i] = k * m[i];
-          b[i] = 0.5f * (k * (sd * sd - 1.0f));
-        }
+        sd[i] = fd_exp(0.5f * fd_clamp(lv[i], low, high));
+      }
+      if (FD_THROUGH_Z) {
+#pragma unroll 1
+        for (number = 0; number < draws; ++number) fd_for_unit<1>(shape, unit, draw, add);
+      }
+      // again, from the cache: kept over the draws, it would not fit the registers
+      fd_load_pack<FD_DTYPE, FD_PACK>(logvar, here, count, lv);
+      fd_load_pack<FD_DTYPE, FD_PACK>(mu, here, count, m);
+#pragma unroll
+      for (int i = 0; i < FD_PACK; ++i) {
+        if (!FD_VECTOR && i >= count) break;
+        const float to_mu = k * m[i], to_variance = k * (sd[i] * sd[i] - 1.0f);
+        a[i] = FD_THROUGH_Z ? a[i] + to_mu : to_mu;
+        b[i] = 0.5f * (FD_THROUGH_Z ? b[i] + to_variance : to_variance);
+        if (fd_beyond(lv[i], low, high)) b[i] = 0.0f;
       }
       fd_store_pack<FD_DTYPE, FD_PACK>(grad_mu, here, count, a);
       fd_store_pack<FD_DTYPE, FD_PACK>(grad_logvar, here, count, b);
-    };
-    for (int64_t unit = walk.unit; unit < units; unit += walk.unit_stride)
-      fd_for_unit<FD_THROUGH_Z>(shape, unit, draw, body);
+    }
   }
 }

@@ -5,6 +5,7 @@ from typing import Any
 
 from fastdiff import backends
 from fastdiff.backends import Op
+from fastdiff.ops import add_noise as _add_noise
 from fastdiff.ops import brownian as _brownian
 from fastdiff.ops import dynamic_threshold as _dynamic_threshold
 from fastdiff.ops import film_norm as _film_norm
@@ -13,6 +14,7 @@ from fastdiff.ops import modulate as _modulate
 from fastdiff.ops import noise as _noise
 from fastdiff.ops import reparameterize as _reparameterize
 from fastdiff.ops import reverse_step as _reverse_step
+from fastdiff.ops.add_noise import add_noise
 from fastdiff.ops.brownian import brownian
 from fastdiff.ops.dynamic_threshold import dynamic_threshold, quantile_abs
 from fastdiff.ops.film_conv2d import film_conv2d
@@ -27,6 +29,7 @@ from fastdiff.ops.reverse_step import reverse_step
 OPS: dict[str, Op] = {
     op.name: op
     for op in (
+        _add_noise.OP,
         _brownian.OP,
         _dynamic_threshold.OP,
         _film_norm.OP,
@@ -45,6 +48,7 @@ CPU_ONLY: tuple[str, ...] = ("dynamic_threshold",)
 COMPOSED: tuple[str, ...] = ("film_conv2d",)
 
 _PREPARE: dict[str, Callable[..., Any]] = {
+    "add_noise": _add_noise.prepare,
     "brownian": _brownian.prepare,
     "dynamic_threshold": _dynamic_threshold.prepare,
     "film_norm": _film_norm.prepare,
@@ -84,6 +88,7 @@ __all__ = [
     "CPU_ONLY",
     "OPS",
     "Stream",
+    "add_noise",
     "as_seeds",
     "brownian",
     "describe",

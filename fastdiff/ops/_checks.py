@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
+import numpy as np
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -40,6 +41,15 @@ def check_residual(op: str, residual: torch.Tensor | None, x: torch.Tensor) -> N
     check_tensor(op, "residual", residual, x, tuple(x.shape))
     if residual is not None and residual.dtype != x.dtype:
         raise TypeError(f"{op}: residual must have the dtype of x {x.dtype}, got {residual.dtype}")
+
+
+def check_counter(op: str, name: str, value: object) -> int:
+    """A 32-bit word of a noise counter."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
+    if not 0 <= value < 1 << 32:
+        raise ValueError(f"{op}: {name} must lie in [0, 2**32), got {value}")
+    return int(value)
 
 
 def check_eps(op: str, eps: object) -> None:

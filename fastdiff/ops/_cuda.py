@@ -25,6 +25,7 @@ from fastdiff.ops._film_launches import Chip
 from fastdiff.ops._launches import Launch, Macros
 from fastdiff.ops._modulate_checks import Modulate
 from fastdiff.ops._step_checks import Step
+from fastdiff.ops.add_noise import AddNoise
 from fastdiff.ops.brownian import Increment
 from fastdiff.ops.guidance_rescale import GuidanceRescale
 from fastdiff.ops.noise import Draw
@@ -259,6 +260,15 @@ def noise(draw: Draw) -> None:
     with torch.cuda.device(draw.out.device):
         device = _device(draw.out)
         device.run(_launches.noise(draw, device.blocks))
+
+
+def add_noise(call: AddNoise) -> None:
+    """Fill ``call.x`` and ``call.wanted``."""
+    if call.x.numel() == 0:
+        return
+    with torch.cuda.device(call.x.device):
+        device = _device(call.x)
+        device.run(_launches.add_noise(call, device.blocks))
 
 
 def brownian(call: Increment) -> None:

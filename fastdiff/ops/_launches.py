@@ -15,10 +15,12 @@ from fastdiff.ops._layout import memory_format
 from fastdiff.ops._native import DTYPES, address
 from fastdiff.ops._presence import presence
 from fastdiff.ops._step_checks import Step
+from fastdiff.ops.add_noise import AddNoise
 from fastdiff.ops.brownian import Increment
 from fastdiff.ops.guidance_rescale import GuidanceRescale
 from fastdiff.ops.noise import Draw
 from fastdiff.ops.reparameterize import Reparameterize, ReparameterizeBackward
+from fastdiff.reference.diffusion import PREDICTIONS
 
 THREADS = 256  # of a block; the launch bound of every kernel in csrc/cuda
 _MAX_Y = 65535  # the most blocks along y that a grid may have
@@ -131,6 +133,35 @@ def noise(draw: Draw, blocks: int) -> list[Launch]:
         out.data_ptr(),
     )
     return [Launch("noise.cu", "noise", macros, grid, block, args)]
+
+
+def add_noise(call: AddNoise, blocks: int) -> list[Launch]:
+    """Launches that fill ``call.x`` and ``call.wanted``, which must have elements."""
+    x = call.x
+    fmt = memory_format(x)
+    assert fmt is not None  # the op makes no other
+    shape = _shape(x, fmt, _pack_of(x), True)
+    grid, block = _cover(x.shape[0], shape.units, blocks)
+    macros = (
+        ("FD_DTYPE", DTYPES[x.dtype]),
+        ("FD_TARGET", PREDICTIONS.index(call.target)),
+        *_walk_macros(shape, call.x0, x, call.wanted),
+    )
+    args = (
+        call.x0.data_ptr(),
+        call.alpha.data_ptr(),
+        call.sigma.data_ptr(),
+        call.seeds.data_ptr(),
+        call.step,
+        call.stream,
+        x.shape[0],
+        shape.size,
+        shape.channels,
+        shape.pixels,
+        x.data_ptr(),
+        address(call.wanted),
+    )
+    return [Launch("add_noise.cu", "add_noise", macros, grid, block, args)]
 
 
 def brownian(call: Increment, blocks: int) -> list[Launch]:
@@ -294,6 +325,9 @@ def reparameterize(call: Reparameterize, blocks: int) -> tuple[list[Launch], lis
         call.seeds.data_ptr(),
         call.step,
         call.stream,
+        float(call.low),
+        float(call.high),
+        call.draws,
         samples,
         shape.size,
         call.z.data_ptr(),
@@ -323,6 +357,9 @@ def reparameterize_backward(call: ReparameterizeBackward, blocks: int) -> list[L
         call.seeds.data_ptr(),
         call.step,
         call.stream,
+        float(call.low),
+        float(call.high),
+        call.draws,
         mu.shape[0],
         shape.size,
         call.grad_mu.data_ptr(),

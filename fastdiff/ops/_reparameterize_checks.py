@@ -7,16 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastdiff.ops._checks import FLOATS
-from fastdiff.ops.noise import as_seeds
-
-
-def _check_counter(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"reparameterize: {name} must be an integer, got {type(value).__name__}")
-    if not 0 <= value < 1 << 32:
-        raise ValueError(f"reparameterize: {name} must lie in [0, 2**32), got {value}")
-    return int(value)
+from fastdiff.ops._checks import FLOATS, check_counter
+from fastdiff.ops.noise import seeds_of
 
 
 def _check_tensors(mu: Any, logvar: Any) -> None:
@@ -44,22 +36,33 @@ def _check_tensors(mu: Any, logvar: Any) -> None:
         )
 
 
-def _seeds_of(seeds: Any, mu: torch.Tensor) -> torch.Tensor:
-    count = mu.shape[0]
-    if type(seeds) is int and 0 <= seeds < (1 << 63) - count:
-        # made where they are needed: no list, no copy to the device, and torch.compile follows
-        return torch.arange(seeds, seeds + count, device=mu.device)
-    # torch.compile cannot follow the uint64 of as_seeds; what that would refuse, it gets
-    listed = torch.compiler.is_compiling() and isinstance(seeds, (list, tuple))
-    if listed and all(type(s) is int and 0 <= s < 1 << 64 for s in seeds):
-        seeds = torch.tensor([s - (s >> 63 << 64) for s in seeds], dtype=torch.int64)
-    values = as_seeds(seeds, count, where="reparameterize")
-    return values if values.device == mu.device else values.to(mu.device)
+def _check_clamp(clamp: Any) -> tuple[float, float] | None:
+    if clamp is None:
+        return None
+    numbers = isinstance(clamp, (tuple, list)) and len(clamp) == 2
+    if not numbers or not all(isinstance(b, (int, float)) for b in clamp):
+        raise TypeError(f"reparameterize: clamp must be two numbers, got {clamp!r}")
+    low, high = map(float, clamp)
+    if not low <= high:
+        raise ValueError(f"reparameterize: clamp must be low <= high, got {clamp}")
+    return low, high
+
+
+def _check_samples(samples: Any) -> int | None:
+    if samples is None:
+        return None
+    if isinstance(samples, bool) or not isinstance(samples, (int, np.integer)):
+        raise TypeError(f"reparameterize: samples must be an integer, got {type(samples).__name__}")
+    if samples < 1:
+        raise ValueError(f"reparameterize: samples must be >= 1, got {samples}")
+    return int(samples)
 
 
 def check(
-    mu: Any, logvar: Any, seeds: Any, step: Any, stream: Any
-) -> tuple[torch.Tensor, int, int]:
+    mu: Any, logvar: Any, seeds: Any, step: Any, stream: Any, clamp: Any, samples: Any
+) -> tuple[torch.Tensor, int, int, tuple[float, float] | None, int | None]:
     _check_tensors(mu, logvar)
-    values = _seeds_of(seeds, mu)
-    return values, _check_counter("step", step), _check_counter("stream", stream)
+    values = seeds_of("reparameterize", seeds, mu)
+    counters = (("step", step), ("stream", stream))
+    step, stream = (check_counter("reparameterize", *counter) for counter in counters)
+    return values, step, stream, _check_clamp(clamp), _check_samples(samples)

@@ -18,6 +18,7 @@ import torch
 
 from fastdiff.backends import Implementation, Op, choose
 from fastdiff.ops import _native
+from fastdiff.ops._checks import check_counter
 from fastdiff.ops._layout import channels, memory_format
 from fastdiff.reference.noise import normals
 
@@ -154,12 +155,18 @@ def as_seeds(seeds: Any, count: int | None = None, *, where: str = "seeds") -> t
     return values
 
 
-def _check_counter(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"randn: {name} must be an integer, got {type(value).__name__}")
-    if not 0 <= value < 1 << 32:
-        raise ValueError(f"randn: {name} must lie in [0, 2**32), got {value}")
-    return int(value)
+def seeds_of(where: str, seeds: Any, x: torch.Tensor) -> torch.Tensor:
+    """`as_seeds` with one entry a sample of x, on its device."""
+    count = x.shape[0]
+    if type(seeds) is int and 0 <= seeds < (1 << 63) - count:
+        # made where they are needed: no list, no copy to the device, and torch.compile follows
+        return torch.arange(seeds, seeds + count, device=x.device)
+    # torch.compile cannot follow the uint64 of as_seeds; what that would refuse, it gets
+    listed = torch.compiler.is_compiling() and isinstance(seeds, (list, tuple))
+    if listed and all(type(s) is int and 0 <= s < 1 << 64 for s in seeds):
+        seeds = torch.tensor([s - (s >> 63 << 64) for s in seeds], dtype=torch.int64)
+    values = as_seeds(seeds, count, where=where)
+    return values if values.device == x.device else values.to(x.device)
 
 
 def prepare(
@@ -174,7 +181,7 @@ def prepare(
 ) -> Draw:
     """The arguments of `randn`, checked, with its output allocated."""
     values = as_seeds(seeds, where="randn")
-    step, stream = _check_counter("step", step), _check_counter("stream", stream)
+    step, stream = check_counter("randn", "step", step), check_counter("randn", "stream", stream)
     if not isinstance(shape, Sequence) or not all(hasattr(n, "__index__") for n in shape):
         raise TypeError(f"randn: shape must be a sequence of ints, got {shape!r}")
     if out is not None and not isinstance(out, torch.Tensor):

@@ -7,7 +7,7 @@ mu, logvar and the seeds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -33,6 +33,9 @@ class Reparameterize(NamedTuple):
     seeds: torch.Tensor
     step: int
     stream: int
+    low: float  # bounds of logvar
+    high: float
+    draws: int  # of each sample
     z: torch.Tensor
     kl: torch.Tensor
 
@@ -47,6 +50,9 @@ class ReparameterizeBackward(NamedTuple):
     seeds: torch.Tensor
     step: int
     stream: int
+    low: float  # bounds of logvar
+    high: float
+    draws: int  # of each sample
     grad_mu: torch.Tensor
     grad_logvar: torch.Tensor
 
@@ -57,36 +63,48 @@ Call = Reparameterize | ReparameterizeBackward
 # --- backends -------------------------------------------------------------------------------
 
 
+def draw_stride(size: int) -> int:
+    """Elements from one of several draws of a sample to the next: each starts at a block."""
+    return (size + 3) // 4 * 4
+
+
 def _noise(call: Call) -> torch.Tensor:
     seeds = call.seeds.cpu().numpy().view(np.uint64)
     if len(seeds) == 0:
         return torch.empty_like(call.mu, dtype=torch.float32)
     size = call.mu.numel() // len(seeds)
-    eps = torch.from_numpy(normals(seeds, size, call.step, call.stream))
-    return eps.view(call.mu.shape).to(call.mu.device)
+    starts = range(0, call.draws * draw_stride(size), max(1, draw_stride(size)))
+    draws = [normals(seeds, size, call.step, call.stream, first) for first in starts]
+    if not draws:  # of no elements
+        draws = [np.empty((len(seeds), 0), np.float32)] * call.draws
+    eps = torch.from_numpy(np.stack(draws, axis=1))
+    return eps.view(len(seeds), call.draws, *call.mu.shape[1:]).to(call.mu.device)
 
 
 def _reference(call: Reparameterize) -> None:
-    z, kl = reference.reparameterize(call.mu, call.logvar, _noise(call))
-    call.z.copy_(z)
+    bounds = (call.low, call.high)
+    z, kl = reference.reparameterize(call.mu, call.logvar, _noise(call), bounds)
+    call.z.copy_(z.view_as(call.z))
     call.kl.copy_(kl)
 
 
 def _reference_backward(call: ReparameterizeBackward) -> None:
+    bounds = (call.low, call.high)
     grad_mu, grad_logvar = reference.reparameterize_backward(
-        call.grad_z, call.grad_kl, call.mu, call.logvar, _noise(call)
+        call.grad_z, call.grad_kl, call.mu, call.logvar, _noise(call), bounds
     )
     call.grad_mu.copy_(grad_mu)
     call.grad_logvar.copy_(grad_logvar)
 
 
-def _inputs(call: Call) -> tuple[int, ...]:
+def _inputs(call: Call) -> tuple[int | float, ...]:
     """What both kernels of the extension take in the middle of their arguments."""
     mu, logvar = call.mu, call.logvar
     kind, seeds = _native.DTYPES[mu.dtype], call.seeds.data_ptr()
     count = mu.shape[0]
     size = mu.numel() // max(count, 1)
-    return mu.data_ptr(), logvar.data_ptr(), kind, seeds, call.step, call.stream, count, size
+    more = (call.step, call.stream, call.low, call.high, call.draws, count, size)
+    return mu.data_ptr(), logvar.data_ptr(), kind, seeds, *more
 
 
 def _cpu(call: Reparameterize) -> None:
@@ -143,25 +161,39 @@ _BACKWARD = _op("reparameterize_backward", _cpu_backward, _reference_backward)
 _Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-def _outputs(mu: torch.Tensor) -> _Pair:
+def _outputs(mu: torch.Tensor, samples: int | None) -> _Pair:
     kl = torch.float64 if mu.dtype == torch.float64 else torch.float32
-    z = torch.empty_like(mu, memory_format=torch.contiguous_format)
-    return z, torch.empty(mu.shape[0], dtype=kl, device=mu.device)
-
-
-def _call(
-    mu: torch.Tensor, logvar: torch.Tensor, seeds: torch.Tensor, step: int, stream: int
-) -> Reparameterize:
-    inputs = (mu.contiguous(), logvar.contiguous(), seeds.contiguous())
-    return Reparameterize(*inputs, step, stream, *_outputs(mu))
+    shape = mu.shape if samples is None else (mu.shape[0], samples, *mu.shape[1:])
+    return mu.new_empty(shape), torch.empty(mu.shape[0], dtype=kl, device=mu.device)
 
 
 def _forward(
-    mu: torch.Tensor, logvar: torch.Tensor, seeds: torch.Tensor, step: int, stream: int
+    mu: torch.Tensor,
+    logvar: torch.Tensor,
+    seeds: torch.Tensor,
+    step: int,
+    stream: int,
+    clamp: Sequence[float] | None = None,
+    samples: int | None = None,
 ) -> _Pair:
-    call = _call(mu, logvar, seeds, step, stream)
+    call = _call(mu, logvar, seeds, step, stream, clamp, samples)
     choose(OP, call)[1](call)
     return call.z, call.kl
+
+
+def _call(
+    mu: torch.Tensor,
+    logvar: torch.Tensor,
+    seeds: torch.Tensor,
+    step: int,
+    stream: int,
+    clamp: Sequence[float] | None,
+    samples: int | None,
+) -> Reparameterize:
+    inputs = (mu.contiguous(), logvar.contiguous(), seeds.contiguous())
+    low, high = clamp or reference.UNBOUNDED
+    draws = 1 if samples is None else samples
+    return Reparameterize(*inputs, step, stream, low, high, draws, *_outputs(mu, samples))
 
 
 def _gradients(mu: torch.Tensor) -> _Pair:
@@ -177,8 +209,11 @@ def _backward(
     seeds: torch.Tensor,
     step: int,
     stream: int,
+    clamp: Sequence[float] | None = None,
+    samples: int | None = None,
 ) -> _Pair:
     grad_mu, grad_logvar = _gradients(mu)
+    low, high = clamp or reference.UNBOUNDED
     call = ReparameterizeBackward(
         None if grad_z is None else grad_z.contiguous(),
         None if grad_kl is None else grad_kl.contiguous(),
@@ -187,6 +222,9 @@ def _backward(
         seeds.contiguous(),
         step,
         stream,
+        low,
+        high,
+        1 if samples is None else samples,
         grad_mu,
         grad_logvar,
     )
@@ -196,22 +234,31 @@ def _backward(
 
 _LIBRARY: Any = torch.library.Library("fastdiff", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
-    "reparameterize(Tensor mu, Tensor logvar, Tensor seeds, int step, int stream)"
-    " -> (Tensor, Tensor)"
+    "reparameterize(Tensor mu, Tensor logvar, Tensor seeds, int step, int stream,"
+    " float[]? clamp=None, int? samples=None) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
     "reparameterize_backward(Tensor? grad_z, Tensor? grad_kl, Tensor mu, Tensor logvar,"
-    " Tensor seeds, int step, int stream) -> (Tensor, Tensor)"
+    " Tensor seeds, int step, int stream, float[]? clamp=None, int? samples=None)"
+    " -> (Tensor, Tensor)"
 )
 _LIBRARY.impl("reparameterize", _forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("reparameterize_backward", _backward, "CompositeExplicitAutograd")
 _fake = torch.library.register_fake
-_fake("fastdiff::reparameterize", lambda mu, *_: _outputs(mu), lib=_LIBRARY)
-_fake("fastdiff::reparameterize_backward", lambda gz, gkl, mu, *_: _gradients(mu), lib=_LIBRARY)
+_fake(
+    "fastdiff::reparameterize",
+    lambda mu, lv, seeds, step, stream, clamp=None, samples=None: _outputs(mu, samples),
+    lib=_LIBRARY,
+)
+_fake(
+    "fastdiff::reparameterize_backward",
+    lambda gz, gkl, mu, *_, **__: _gradients(mu),
+    lib=_LIBRARY,
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    mu, logvar, seeds, ctx.step, ctx.stream = inputs
+    mu, logvar, seeds, *ctx.how = inputs
     ctx.save_for_backward(mu, logvar, seeds)
     ctx.set_materialize_grads(False)  # an unused output then costs no zeros
     ctx.backend = forced()  # the backward pass may run later or in another thread
@@ -221,17 +268,17 @@ def _backward_of(
     ctx: Any, grad_z: torch.Tensor | None, grad_kl: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
     if grad_z is None and grad_kl is None:
-        return (None,) * 5
+        return (None,) * 7
     mu, logvar, seeds = ctx.saved_tensors
     if torch.is_grad_enabled():  # a second derivative is wanted: plain differentiable PyTorch
-        grads = _differentiable(grad_z, grad_kl, mu, logvar, seeds, ctx.step, ctx.stream)
+        grads = _differentiable(grad_z, grad_kl, mu, logvar, seeds, *ctx.how)
     else:
         run: Any = torch.ops.fastdiff.reparameterize_backward.default
         with use_backend(ctx.backend):
             grads = (run if traced((mu, logvar)) else _backward)(
-                grad_z, grad_kl, mu, logvar, seeds, ctx.step, ctx.stream
+                grad_z, grad_kl, mu, logvar, seeds, *ctx.how
             )
-    return (*grads, None, None, None)
+    return (*grads, *(None,) * 5)
 
 
 def _differentiable(
@@ -242,16 +289,19 @@ def _differentiable(
     seeds: torch.Tensor,
     step: int,
     stream: int,
+    clamp: Sequence[float] | None,
+    samples: int | None,
 ) -> _Pair:
     """The reference's gradients in float64, where its exponential is one that autograd knows."""
     zero = torch.zeros_like(mu, dtype=torch.float32)
-    eps, _ = reparameterize(zero, zero, seeds, step=step, stream=stream)
+    eps, _ = reparameterize(zero, zero, seeds, step=step, stream=stream, samples=samples)
     grads = reference.reparameterize_backward(
         None if grad_z is None else grad_z.double(),
         None if grad_kl is None else grad_kl.double(),
         mu.double(),
         logvar.double(),
         eps,
+        reference.UNBOUNDED if clamp is None else (clamp[0], clamp[1]),
     )
     return grads[0].to(mu.dtype), grads[1].to(mu.dtype)
 
@@ -274,9 +324,11 @@ def prepare(
     *,
     step: int = 0,
     stream: int = Stream.REPARAMETERIZE,
+    clamp: tuple[float, float] | None = None,
+    samples: int | None = None,
 ) -> Reparameterize:
     """The arguments of `reparameterize`, checked, with its outputs allocated."""
-    return _call(mu, logvar, *check(mu, logvar, seeds, step, stream))
+    return _call(mu, logvar, *check(mu, logvar, seeds, step, stream, clamp, samples))
 
 
 def reparameterize(
@@ -286,6 +338,8 @@ def reparameterize(
     *,
     step: int = 0,
     stream: int = Stream.REPARAMETERIZE,
+    clamp: tuple[float, float] | None = None,
+    samples: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A sample of N(mu, exp(logvar)) and that distribution's divergence from N(0, I), in one pass.
 
@@ -308,16 +362,23 @@ def reparameterize(
         seeds: an int s for s, s+1, ..., a sequence of N ints in [0, 2**64), or (N,) int64 tensor.
         step: counter of the draw, in [0, 2**32): advance it for fresh noise from the same seeds.
         stream: what the draw is for, in [0, 2**32).
+        clamp: least and greatest logvar, as the decoders of latent diffusion bound it by
+            (-30, 20): values and gradients are those of `torch.clamp` before the op, but that the
+            gradient of a NaN is NaN, and bounds of 16-bit tensors are float32.
+        samples: K samples of each distribution, as an importance-weighted bound wants them (Burda
+            et al. 2016, arXiv:1509.00519): eps of sample k is elements k * M to k * M + size of the
+            seed's sequence, where size is that of S and M the next multiple of 4; sample 0 is the
+            one that a call without it draws. The kl is taken once.
 
     Returns:
-        z: (N, *S), dtype of ``mu``, contiguous.
+        z: (N, *S), or (N, K, *S) with ``samples``; dtype of ``mu``, contiguous.
         kl: (N,) float32 (float64 where ``mu`` is), in nats.
 
     Raises:
         TypeError, ValueError: an argument breaks its rule.
         BackendError: the forced backend cannot do it.
     """
-    values, step, stream = check(mu, logvar, seeds, step, stream)
+    checked = check(mu, logvar, seeds, step, stream, clamp, samples)
     tensors = (mu, logvar)
     direct = values_only(tensors)
-    return _WAYS(tensors, (mu, logvar, values, step, stream), direct)  # type: ignore[no-any-return]
+    return _WAYS(tensors, (mu, logvar, *checked), direct)  # type: ignore[no-any-return]
