@@ -78,9 +78,7 @@ class DropIn(Draws):
             del values[name][:-length]
         try:
             call = self._call(model_output, timestep, sample, generator, named)
-        except (
-            IndexError
-        ):  # no timestep of the grid: diffusers' own step says what is wrong with it
+        except IndexError:  # no timestep of the grid: diffusers' own step says what is wrong
             named["return_dict"] = return_dict
             named.update({} if generator is None else {"generator": generator})
             return self._fd_peer.step(self, model_output, timestep=timestep, sample=sample, **named)
