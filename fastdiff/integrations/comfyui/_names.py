@@ -116,7 +116,7 @@ def widget(name: str, option: str) -> tuple[Any, dict[str, Any]]:
     if isinstance(default, bool):
         return "BOOLEAN", {"default": default}
     if isinstance(default, int):
-        low, high = _WHOLE.get((solver, option), (1, 3))
+        low, high = _WHOLE.get((solver, option), (1, 2 if option == "final_order" else 3))
         return "INT", {"default": default, "min": low, "max": high}
     low_f, high_f = _RANGES.get(option, (0.0, MOST if option[:3] == "s_t" else 100.0))
     # round=False: ComfyUI would round 1/3 to its step

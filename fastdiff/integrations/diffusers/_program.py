@@ -139,6 +139,7 @@ def _walk(scheduler: Any, plan: Plan, key: Key, position: str | None) -> list[_S
     """The steps of a run from its start, up to the first that is not affine."""
     peer, state, runtime = scheduler._fd_peer, scheduler._fd_state, scheduler._fastdiff
     twin = copy.copy(scheduler)
+    twin._fastdiff.refresh(twin, peer, state)  # the mended forms look at the grid
     for name in state:
         twin.__dict__.pop(name, None)
     for name, value in runtime.fresh.items():
@@ -148,8 +149,7 @@ def _walk(scheduler: Any, plan: Plan, key: Key, position: str | None) -> list[_S
         twin.__dict__[position] = start
     tiny = torch.zeros(1, 1, 1, 1)
     given = dict.fromkeys(key.given, tiny)
-    options = dict(key.options)
-    steps = []
+    options, steps = dict(key.options), []
     for i in range(start, len(runtime.host)):
         for name, length in scheduler._fd_trims:
             del twin.__dict__[name][:-length]
