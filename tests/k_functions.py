@@ -9,6 +9,7 @@ import torch
 from peers import k_sampling
 
 from fastdiff.integrations import k_diffusion as K
+from fastdiff.integrations.k_diffusion import _noise as k_noise
 from fastdiff.reference.gmm import GaussianMixture
 
 SHAPE = (2, 1, 2, 3)
@@ -140,5 +141,6 @@ def ran(f, function, model, x, sigmas, options, rounded=torch.float32):
     sampler = Sampler(x.dtype, x.shape, rounded)
     more = {"noise_sampler": sampler} if takes_sampler(function) else {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "randn_like", lambda _: sampler())
+        for module in (torch, k_noise):  # theirs and ours
+            patch.setattr(module, "randn_like", lambda _: sampler())
         return f(model, x, sigmas, disable=True, **options, **more)

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from budget import assert_within_budget, ulp
+from budget import assert_within_budget
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("scipy", reason="diffusers' beta grids and LMS need scipy")
@@ -41,45 +41,42 @@ def said(row):
     return ", ".join(f"{k}={v}" for part in split(row) for k, v in part.items())
 
 
-# Runs in which diffusers fails and the drop-in does not: (class, what diffusers raises)
-BETTER = {
-    # the noise is drawn in the shape of a model output that still carries the variance
-    ("SASolverScheduler", "RuntimeError"),
-}
+def defective(name, row):
+    """Whether a step that is always mended (docs/diffusers_defects.md) happens to be finite."""
+    config = {k: v for part in split(row) for k, v in part.items()}
+    cosine = config.get("beta_schedule") == "squaredcos_cap_v2"
+    # its first timestep comes twice, and diffusers begins in the middle of a step
+    twice = name.startswith("KDPM2") and cosine and config.get("use_karras_sigmas", False)
+    return twice or config.get("variance_type") == "fixed_large_log"
 
 
 def check(name, row):
-    """One case: the same failures, and else all outputs within the budget.
+    """One case: all outputs within the budget, as far as diffusers goes.
 
-    Returns whether diffusers made a number that is none where the drop-in is right.
+    Returns whether diffusers failed, or made a number that is none, and the drop-in did not.
     """
     theirs, ours, exact = compared(getattr(diffusers, name), getattr(drop_ins, name), row)
-    if theirs.error is not None and ours.error is None:
-        assert (name, type(theirs.error).__name__) in BETTER
-        assert all(bool(t.isfinite().all()) for step in ours.outputs for t in step)
-        return True
-    assert type(ours.error) is type(theirs.error), (theirs.error, ours.error)
-    assert len(ours.outputs) == len(theirs.outputs)
-    if theirs.error is None:
+    finite = [all(bool(t.isfinite().all()) for t in step) for step in theirs.outputs]
+    fails = theirs.error is not None or not all(finite)
+    # where diffusers fails, ours fails too, says why it must, or is right (test_diffusers_mended)
+    if ours.error is not None:
+        assert theirs.error is not None or (fails and isinstance(ours.error, ValueError))
+    if not fails:
+        assert len(ours.outputs) == len(theirs.outputs)
         assert torch.equal(ours.state, theirs.state), "the generator was drawn from otherwise"
-    mended = False
-    for peer, own, e in zip(theirs.outputs, ours.outputs, exact.outputs, strict=False):
+    # of a run that diffusers can not end, ours may take other steps from the first
+    other = theirs.error is not None or defective(name, row)
+    steps = [] if other else zip(theirs.outputs, ours.outputs, exact.outputs, strict=False)
+    for k, (peer, own, e) in enumerate(steps):
         assert len(own) == len(peer)
+        if not finite[k]:
+            break
         for p, o, x in zip(peer, own, e, strict=True):
-            if bool(x.isfinite().all()) and not bool(p.isfinite().all()):
-                mended = True
-                p = x.float()  # diffusers has no error to compare with
-            if not bool(x.isfinite().all()):
-                # a root of less than nothing, by a rounding: diffusers' float32 is all there is
-                finite = p.isfinite()
-                assert torch.equal(o.isfinite(), finite)
-                p, o = p[finite], o[finite]
-                assert bool(((o - p).abs() <= ULPS * ulp(p.double(), p.dtype)).all())
-                continue
             # clipping hides how large the terms were
             reach = torch.full_like(x, exact.reach).maximum(x.abs())
             assert_within_budget(o, p, x, ULPS, at=reach)
-    return mended
+    right = all(bool(t.isfinite().all()) for step in ours.outputs for t in step)
+    return fails and ours.error is None and right
 
 
 @pytest.mark.parametrize("name", sorted(FACTORS))
@@ -95,6 +92,9 @@ def test_every_pair_of_options(name):
     for row in refused:
         with pytest.raises(Exception) as theirs:
             made(getattr(diffusers, name), row)
+        if theirs.type is ZeroDivisionError:  # UnCLIP in one step, which is mended
+            made(getattr(drop_ins, name), row)
+            continue
         with pytest.raises(theirs.type):
             made(getattr(drop_ins, name), row)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -59,11 +60,11 @@ def test_blocks_run_in_turn(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_only_the_import_changes(page):
-    before, after = (blocks_of(page, kind)[0].splitlines() for kind in ("text", "python"))
+    before, after = (ast.parse(blocks_of(page, kind)[0]).body for kind in ("text", "python"))
     assert len(before) == len(after) == 3
-    assert before[1:] == after[1:]
-    assert before[0].split(" import ")[0] != after[0].split(" import ")[0]
-    assert before[0].split(" import ")[1] == after[0].split(" import ")[1]
+    assert [ast.unparse(line) for line in before[1:]] == [ast.unparse(line) for line in after[1:]]
+    assert before[0].module != after[0].module
+    assert ast.unparse(before[0]).split(" import ")[1] == ast.unparse(after[0]).split(" import ")[1]
 
 
 def test_commands_run(tmp_path, monkeypatch):
