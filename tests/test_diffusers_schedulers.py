@@ -41,6 +41,10 @@ def said(row):
     return ", ".join(f"{k}={v}" for part in split(row) for k, v in part.items())
 
 
+# Ours gets past diffusers' first fault (a noise of the wrong shape) and meets the next
+TWO_FAULTS = {"SASolverScheduler"}
+
+
 def defective(name, row):
     """Whether a step that is always mended (docs/diffusers_defects.md) happens to be finite."""
     config = {k: v for part in split(row) for k, v in part.items()}
@@ -60,7 +64,8 @@ def check(name, row):
     fails = theirs.error is not None or not all(finite)
     # where diffusers fails, ours fails too, says why it must, or is right (test_diffusers_mended)
     if ours.error is not None:
-        assert theirs.error is not None or (fails and isinstance(ours.error, ValueError))
+        alike = type(ours.error) is type(theirs.error) or name in TWO_FAULTS
+        assert alike or (fails and isinstance(ours.error, ValueError)), ours.error
     if not fails:
         assert len(ours.outputs) == len(theirs.outputs)
         assert torch.equal(ours.state, theirs.state), "the generator was drawn from otherwise"
