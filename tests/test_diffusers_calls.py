@@ -306,3 +306,19 @@ def test_the_signature_of_the_first_arguments_of_cogvideox_dpm():
             assert isinstance(out, tuple) == (not return_dict or i == 0 or int(t) < 166)
             same(before[1][0], before[0][0])
             same(before[1][1], before[0][1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_unknown_argument_is_refused_as_diffusers_does(name):
+    theirs, ours = pair(name)
+    known = inspect.signature(theirs.step).parameters
+    sample = torch.zeros(SHAPE)
+    for word in ("generator", "etta"):
+        if word in known:
+            continue
+        messages = []
+        for scheduler in (theirs, ours):
+            with pytest.raises(TypeError, match=word) as error:
+                scheduler.step(sample, scheduler.timesteps[0], sample, **{word: None})
+            messages.append(str(error.value))
+        assert messages[0] == messages[1]

@@ -183,6 +183,7 @@ def drop_in(peer: Any, state: tuple[str, ...]) -> type:
         elif lookup is not None:
             more["_init_step_index"] = _begins(_init_step_index)
     base = _output_class(peer)
+    names = tuple(name for name in order if name not in _FIRST)
     name = peer.__name__
     return type(
         name,
@@ -194,7 +195,8 @@ def drop_in(peer: Any, state: tuple[str, ...]) -> type:
             "step": step if order[: len(_FIRST)] == _FIRST else step_in_their_order,
             "_fd_peer": peer,
             "_fd_state": state,
-            "_fd_names": tuple(name for name in order if name not in _FIRST),
+            "_fd_names": names,
+            "_fd_known": frozenset(names),
             "_fd_return_dict": parameters["return_dict"].default,
             "_fd_output": base,
             "_fd_outputs": tuple(field.name for field in dataclasses.fields(base)),

@@ -9,6 +9,7 @@ anchor where that is free, and else copied to a free slot.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -241,6 +242,29 @@ def _kept(value: Any, b: _Binding) -> Any:
     if name == LIMITED and b.quantile:
         return "slot", b.limited
     return "entry", name
+
+
+def held(
+    kind: str, what: Any, entry: Callable[[Any], Any], views: list[Any], ends: dict[str, Any]
+) -> Any:
+    """What an attribute holds after a step; arguments as in `Move.kept`.
+
+    Args:
+        kind, what: of the attribute.
+        entry: finds a tensor of the state before the step.
+        views: the slots of the history.
+        ends: by kind, what the call was given and what it made.
+    """
+    # no closure that calls itself: such a cycle keeps the tensors until a garbage collection
+    if kind == "value":
+        return what
+    if kind == "slot":
+        return views[what]
+    if kind == "entry":
+        return entry(what)
+    if kind == "list":
+        return [held(k, w, entry, views, ends) for k, w in what]
+    return ends[kind]
 
 
 def bind(trace: Trace, places: dict[str, int], counter: int | None) -> Move:

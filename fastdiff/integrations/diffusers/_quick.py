@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastdiff.integrations.diffusers._moves import Move
+from fastdiff.integrations.diffusers._moves import Move, held
 from fastdiff.integrations.diffusers._noise import drawn
 from fastdiff.integrations.diffusers._trace import NOISE
 from fastdiff.ops import _native
@@ -123,7 +123,7 @@ def run(scheduler: Any, move: Move, call: Any) -> Any:
         seeds,
         1.0,
         quick.clip,
-        None,
+        runtime.results.like(sample),
         None,
         *quick.arguments,
     )
@@ -132,35 +132,25 @@ def run(scheduler: Any, move: Move, call: Any) -> Any:
             return None
         new = reverse_step(
             sample, model_output, move.rows, 0, uncond=raw, clip=quick.clip, y=anchor,
-            history=runtime.ring if quick.ringed else None,
+            history=runtime.ring if quick.ringed else None, out=runtime.results.like(sample),
         )  # fmt: skip
     if quick.index is not None:
         values["_step_index"] = quick.index
     if quick.kept:
+        ends = {
+            "sample": sample, "timestep": call.timestep, "result": new, "noise": noise,
+            "anchor": anchor,
+        }  # fmt: skip
         views = runtime.views
 
-        def value(kind: str, what: Any) -> Any:
-            if kind == "slot":
-                return views[what]
-            if kind == "entry":
-                name, member = what
-                return values[name] if member is None else values[name][member]
-            if kind == "value":
-                return what
-            if kind == "noise":
-                return noise
-            if kind == "list":
-                return [value(*part) for part in what]
-            if kind == "sample":
-                return sample
-            if kind == "timestep":
-                return call.timestep
-            return new if kind == "result" else anchor
+        def entry(place: tuple[str, int | None]) -> Any:
+            name, member = place
+            return values[name] if member is None else values[name][member]
 
-        now = [value(kind, what) for _, kind, what in quick.kept]
-        for (name, kind, _), held in zip(quick.kept, now, strict=True):
+        now = [held(kind, what, entry, views, ends) for _, kind, what in quick.kept]
+        for (name, kind, _), after in zip(quick.kept, now, strict=True):
             if kind == "list":
-                values[name][:] = held
+                values[name][:] = after
             else:
-                values[name] = held
+                values[name] = after
     return new

@@ -13,7 +13,7 @@ from fastdiff.integrations.diffusers import _compiled, _quick
 from fastdiff.integrations.diffusers._answers import Answer, ask, split
 from fastdiff.integrations.diffusers._draws import Call, Draws
 from fastdiff.integrations.diffusers._mended import mended_trace, taken
-from fastdiff.integrations.diffusers._moves import ANCHOR, FOREIGN, Move
+from fastdiff.integrations.diffusers._moves import ANCHOR, FOREIGN, Move, held
 from fastdiff.integrations.diffusers._outputs import Later, LaterTuple, later_output
 from fastdiff.integrations.diffusers._plan import OWN, Plan, Runtime, find, signature, tensors_of
 from fastdiff.integrations.diffusers._trace import Trace
@@ -33,6 +33,7 @@ class DropIn(Draws):
     _fd_peer: ClassVar[Any]  # diffusers' class
     _fd_state: ClassVar[tuple[str, ...]]  # attributes that are kept from step to step
     _fd_names: ClassVar[tuple[str, ...]]  # parameters of step behind the sample
+    _fd_known: ClassVar[frozenset[str]]  # the same as a set
     _fd_return_dict: ClassVar[bool]
     _fd_output: ClassVar[type]
     _fd_outputs: ClassVar[tuple[str, ...]]  # names of what step returns
@@ -56,6 +57,8 @@ class DropIn(Draws):
     ) -> Any:
         if rest:
             named.update(zip(self._fd_names, rest, strict=False))
+        if not named.keys() <= self._fd_known:  # diffusers' own step names the one it does not know
+            return self._fd_peer.step(self, model_output, timestep, sample, **named)
         if is_dynamo_compiling():
             return _compiled.step(self, model_output, timestep, sample, named)
         graded = torch.is_grad_enabled()
@@ -231,7 +234,7 @@ class DropIn(Draws):
             0,
             clip=move.clip,
             y=anchor,
-            out=x if half is not None and x is not sample else None,
+            out=x if half is not None and x is not sample else self._fastdiff.results.like(x),
             model_input=half,
             **state,
         )
@@ -289,26 +292,14 @@ class DropIn(Draws):
     ) -> None:
         """Leave the state as diffusers would."""
         values, views = self.__dict__, self._fastdiff.views
-
-        def value(kind: str, what: Any) -> Any:
-            if kind == "value":
-                return what
-            if kind == "slot":
-                return views[what]
-            if kind == "entry":
-                return tensors[what]
-            if kind == "list":
-                return [value(*v) for v in what]
-            ends = {"timestep": call.timestep, "sample": call.sample, "result": new}
-            return ends.get(kind, anchor)
-
+        ends = {
+            "timestep": call.timestep, "sample": call.sample, "result": new, "anchor": anchor,
+        }  # fmt: skip
         for name, (kind, what) in move.kept:
-            if kind == "value":
-                values[name] = what
-            elif kind == "list":
-                values[name][:] = value(kind, what)
+            if kind == "list":
+                values[name][:] = held(kind, what, tensors.__getitem__, views, ends)
             else:
-                values[name] = value(kind, what)
+                values[name] = held(kind, what, tensors.__getitem__, views, ends)
 
     # --- diffusers' own class -----------------------------------------------------------------
 
