@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # before torch reads it; workers share the cores
+    workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
 import torch
 
 import fastdiff
@@ -21,6 +27,12 @@ sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 
 # instruction sets of this machine, best first; none where the extension is missing
 ISAS: list[str] = _native.extension.isas() if _native.extension is not None else []
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """What `-n auto` takes: a worker loads torch and diffusers, 1.5 GB."""
+    return min(4, os.cpu_count() or 1)
 
 
 @pytest.fixture(
