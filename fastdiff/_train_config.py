@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from fastdiff import data
+from fastdiff.data import DATASETS
 
 
 @dataclass(frozen=True)
@@ -13,8 +13,11 @@ class TrainConfig:
 
     Args:
         out: folder for the checkpoint, the sample grids and the final weights.
-        name: file name of the final weights and their card.
-        data: folder of the IDX files.
+        name: file name of the final weights and their card; empty: that of the dataset.
+        dataset: what to train on, a name of `data.DATASETS`.
+        data: folder of the dataset's files; empty: where its package puts them.
+        balance: a class of n images gets a share of all draws proportional to n to this power: 1
+            leaves the data as it is, 0 draws every class alike.
         steps: optimizer steps.
         max_minutes: end after this much training time, the learning rate decayed by then; 0 for no
             limit. Pauses of the process are not counted.
@@ -42,8 +45,10 @@ class TrainConfig:
     """
 
     out: str
-    name: str = "fashion"
-    data: str = str(data.DEFAULT_FOLDER)
+    name: str = ""
+    dataset: str = "fashion"
+    data: str = ""
+    balance: float = 1.0
     steps: int = 15000
     max_minutes: float = 0.0
     batch: int = 64
@@ -74,6 +79,7 @@ class TrainConfig:
             if getattr(self, key) < 1:
                 raise ValueError(f"train: {key} must be >= 1, got {getattr(self, key)}")
         for key in (
+            "balance",
             "max_minutes",
             "warmup",
             "weight_decay",
@@ -94,8 +100,16 @@ class TrainConfig:
         if self.prediction not in predictions:
             rule = f"be one of {predictions}, got {self.prediction!r}"
             raise ValueError(f"train: prediction must {rule}")
+        if self.dataset not in DATASETS:
+            rule = f"be one of {sorted(DATASETS)}, got {self.dataset!r}"
+            raise ValueError(f"train: dataset must {rule}")
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f"train: dtype must be 'bfloat16' or 'float32', got {self.dtype!r}")
+
+    @property
+    def title(self) -> str:
+        """Name of the final weights."""
+        return self.name or self.dataset
 
     def command(self) -> str:
         """The command line that gives this config, defaults left out."""

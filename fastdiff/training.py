@@ -1,4 +1,4 @@
-"""Train the small class-conditional U-Net on Fashion-MNIST, on a CPU, in about an hour.
+"""Train the small class-conditional U-Net on a CPU, in about an hour.
 
 The recipe: discrete schedule, v-prediction (Salimans & Ho 2022, arXiv:2202.00512), min-SNR
 weighting (Hang et al. 2023, arXiv:2303.09556), AdamW with warm-up and cosine decay to zero, an
@@ -88,13 +88,19 @@ class _Run:
         self.schedule = schedules.NAMES[config.schedule]()
         if self.schedule.alphas_cumprod is None:
             raise ValueError(f"train: schedule must be discrete, got {config.schedule!r}")
-        self.images, self.labels = data.fashion_mnist("train", config.data)
+        self.dataset = data.load(config.dataset, config.data)
+        self.images, self.labels = self.dataset.images, self.dataset.labels
         if config.batch > len(self.images):
             raise ValueError(f"train: batch must be at most {len(self.images)}, got {config.batch}")
+        if self.images.shape[2] != self.images.shape[3]:
+            rule = f"hold square images, got {tuple(self.images.shape[2:])}"
+            raise ValueError(f"train: dataset must {rule}")
         torch.manual_seed(config.seed)
         arch = UNetConfig(
-            channels=config.channels, blocks=config.blocks, patch_size=config.patch_size
-        )
+            in_channels=self.images.shape[1], image_size=self.images.shape[2],
+            num_classes=len(self.dataset.classes),
+            channels=config.channels, blocks=config.blocks, patch_size=config.patch_size,
+        )  # fmt: skip
         layout: dict[str, Any] = {"memory_format": torch.channels_last, "device": config.device}
         self.model, self.ema = UNet(arch).to(**layout), UNet(arch).to(**layout)
         self.ema.load_state_dict(self.model.state_dict())
@@ -146,8 +152,7 @@ class _Run:
         """Images, labels (-1 where dropped) and integer times of the present step."""
         c, n = self.config, self.config.batch
         epoch, place = divmod(self.step, len(self.images) // n)
-        order = _generator(c.seed, epoch, 1)
-        index = torch.randperm(len(self.images), generator=order)[place * n : (place + 1) * n]
+        index = self._order(epoch)[place * n : (place + 1) * n]
         draw = _generator(c.seed, self.step, 0)
         x0 = self.images[index]
         # one time in each n-th of the range: the loss varies less than with independent times
@@ -156,6 +161,18 @@ class _Run:
         dropped = torch.rand(n, generator=draw) < c.label_dropout
         label = self.labels[index].masked_fill(dropped, -1)
         return x0, label, t
+
+    def _order(self, epoch: int) -> Tensor:
+        """Which images an epoch draws, in order: each once or, of N images, one of weight w
+        floor(N w) or ceil(N w) times."""
+        draw, n = _generator(self.config.seed, epoch, 1), len(self.images)
+        order = torch.randperm(n, generator=draw)
+        if self.config.balance == 1:
+            return order
+        # evenly spaced places from a random start: fewer repeats than independent draws have
+        places = (torch.arange(n) + torch.rand(1, generator=draw, dtype=torch.float64)) / n
+        ends = self.dataset.draw_weights(self.config.balance).cumsum(0)
+        return torch.searchsorted(ends, places).clamp(max=n - 1)[order]
 
     def _noisy(self, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """What the model sees of the images at the present step, and what it should answer."""
@@ -194,7 +211,7 @@ class _Run:
 
     def show(self, path: Path, rows: int = 8) -> None:
         """Write a grid of samples of the averaged weights, a column a class."""
-        how, classes = self.sampling(), len(data.LABELS)
+        how, classes = self.sampling(), len(self.dataset.classes)
         table = solvers.build(
             how["solver"], self.schedule, how["steps"], prediction=self.config.prediction
         )
@@ -222,15 +239,15 @@ class _Run:
         width = max(1, math.ceil(len(self.losses) / 200))
         curve = [self.losses[i : i + width] for i in range(0, len(self.losses), width)]
         return {
-            "name": c.name,
+            "name": c.title,
             "prediction": c.prediction,
-            "classes": list(data.LABELS),
+            "classes": list(self.dataset.classes),
             "sampling": self.sampling(),
             "licence": "Apache-2.0",
             "data": {
-                "name": "Fashion-MNIST, training split, 60,000 images, padded to 32x32, [-1, 1]",
-                "source": "https://github.com/zalandoresearch/fashion-mnist",
-                "licence": "MIT, (c) 2017 Zalando SE",
+                "name": self.dataset.name,
+                "source": self.dataset.source,
+                "licence": self.dataset.licence,
             },
             "training": {
                 "command": c.command(),
@@ -287,8 +304,8 @@ def train(config: TrainConfig) -> Path:
         run.elapsed, mark = run.elapsed + usual, now
     bar.close()
     run.save(last)
-    run.show(out / f"{config.name}.png")
-    return checkpoints.save(out / config.name, run.ema, run.schedule, run.card())
+    run.show(out / f"{config.title}.png")
+    return checkpoints.save(out / config.title, run.ema, run.schedule, run.card())
 
 
 def parse(argv: Sequence[str] | None = None) -> TrainConfig:
