@@ -103,14 +103,15 @@ def fashion_mnist(
     return to_unit_range(images, size), labels.long()
 
 
-def load(folder: str | Path = DEFAULT_FOLDER) -> Dataset:
+def load(folder: str | Path = DEFAULT_FOLDER, size: int = 32) -> Dataset:
     """The training split, as `fashion_mnist` reads it, with the facts of its card."""
-    images, labels = fashion_mnist("train", folder)
+    images, labels = fashion_mnist("train", folder, size)
+    shape = f"padded to {size}x{size}" if size > 28 else "28x28"
     return Dataset(
         images=images,
         labels=labels,
         classes=LABELS,
-        name="Fashion-MNIST, training split, 60,000 images, padded to 32x32, [-1, 1]",
+        name=f"Fashion-MNIST, training split, 60,000 images, {shape}, [-1, 1]",
         source="https://github.com/zalandoresearch/fashion-mnist",
         licence="MIT, (c) 2017 Zalando SE",
     )
