@@ -15,8 +15,8 @@ __all__ = ["DEFAULTS", "TrainConfig", "progress_of"]
 DEFAULTS: dict[str, dict[str, Any]] = {
     "unet": {},
     "vae-mlp": {
-        "image_size": 28, "steps": 60000, "batch": 128, "warmup": 1000, "clip": 1000.0,
-        "dtype": "float32", "save_every": 5000, "sample_every": 20000,
+        "image_size": 28, "steps": 40000, "batch": 128, "warmup": 1000, "clip": 1000.0,
+        "dtype": "float32", "save_every": 5000, "sample_every": 10000,
     },
     "vae-conv": {
         "image_size": 28, "steps": 15000, "warmup": 1000, "clip": 1000.0, "channels": (32, 64),
