@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from fastdiff import checkpoints, data, randn, schedules, training
+from fastdiff.models import UNet, UNetConfig
 from fastdiff.ops import Stream
 from fastdiff.reference.diffusion import to_prediction
 from fastdiff.training import TrainConfig, progress_of
@@ -140,6 +141,20 @@ def test_every_prediction_trains(config, prediction):
 def test_bfloat16_trains(config):
     training.train(replace(config, dtype="bfloat16", steps=2))
     assert all(math.isfinite(v) for v in losses(config))
+
+
+def test_a_run_starts_as_the_first_release_did(config):
+    """The weights, the first batch and its loss, as they were when fashion was the only set."""
+    run = training._Run(config)
+    torch.manual_seed(config.seed)
+    want = UNet(UNetConfig(channels=(32,), patch_size=4)).state_dict()
+    assert all(torch.equal(v, want[k]) for k, v in run.model.state_dict().items())
+    order = training._generator(config.seed, 0, 1)
+    first = torch.randperm(COUNT, generator=order)[: config.batch]
+    assert torch.equal(run._batch()[0], run.images[first])
+    # an untrained model answers 0, so the loss is a weighted mean of 8 * 32 * 32 squares; a sum
+    # in pairs of 2 ** 13 terms may be off by 13 units, and three roundings make each term
+    assert run.advance() == pytest.approx(0.2971578538417816, rel=16 * torch.finfo().eps)
 
 
 def test_command_gives_the_config_back(config):
