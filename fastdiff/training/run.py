@@ -165,6 +165,7 @@ class Run:
             },
             "training": {
                 "command": c.command(),
+                "class_share": f"in proportion to its number of images to the power {c.balance:g}",
                 "steps": self.step,
                 "images_seen": self.step * c.batch,
                 "minutes": round(self.elapsed / 60, 1),
