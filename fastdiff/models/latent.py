@@ -93,6 +93,6 @@ class LatentDiffusion(nn.Module):
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        """Images `(N, C, H, W)`, about [-1, 1], of scaled latents `(N, *latent_shape)`, in the
-        dtype of `z`; no gradients."""
-        return self.autoencoder.decode(self.autoencoder.unscale(z))
+        """Images `(N, C, H, W)`, clamped to [-1, 1], of scaled latents `(N, *latent_shape)`, in
+        the dtype of `z`; no gradients."""
+        return self.autoencoder.decode(self.autoencoder.unscale(z)).clamp(-1, 1)

@@ -23,8 +23,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "hidden": 256, "dtype": "float32", "save_every": 2500, "sample_every": 5000,
     },
     "autoencoder": {
-        "steps": 3000, "batch": 32, "lr": 2e-3, "clip": 1000.0, "channels": (16, 32, 32), "latent": 4,
-        "likelihood": "gaussian", "scale": 0.1, "beta": 0.1, "sample_every": 1000,
+        "steps": 3000, "batch": 32, "lr": 2e-3, "clip": 1000.0, "channels": (16, 32, 32),
+        "latent": 4, "likelihood": "gaussian", "scale": 0.1, "beta": 0.1, "sample_every": 500,
     },
     "latent": {"steps": 18000, "save_every": 1000, "sample_every": 3000},
 }  # fmt: skip
@@ -118,9 +118,9 @@ class TrainConfig:
     channels: tuple[int, ...] = _of((64, 128), "unet", "autoencoder", "vae-conv")
     blocks: int = _of(1, "unet", "autoencoder")
     patch_size: int = _of(2, *_DIFFUSION)
-    width: int = _of(160, "latent")
-    depth: int = _of(6, "latent")
-    heads: int = _of(5, "latent")
+    width: int = _of(192, "latent")
+    depth: int = _of(4, "latent")
+    heads: int = _of(3, "latent")
     autoencoder: str = _of("latent", "latent")
     likelihood: str = _of("bernoulli", "autoencoder", *_VAES)
     scale: float = _of(1.0, "autoencoder", *_VAES)
