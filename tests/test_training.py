@@ -1,9 +1,7 @@
 """Training on a made-up data set: determinism, resuming, the clock, and the data reader."""
 
-import gzip
 import json
 import math
-import struct
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from idx_files import COUNT, write_squares
 from PIL import Image
 
 from fastdiff import checkpoints, data, randn, schedules, training
@@ -19,26 +18,10 @@ from fastdiff.ops import Stream
 from fastdiff.reference.diffusion import to_prediction
 from fastdiff.training import TrainConfig, progress_of
 
-COUNT = 40
-
-
-def write_idx(path: Path, array: np.ndarray) -> None:
-    header = b"\x00\x00\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
-    path.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes()))
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Forty images of ten classes: a bright square whose place is the label."""
-    folder = tmp_path_factory.mktemp("idx")
-    labels = np.arange(COUNT) % 10
-    images = np.zeros((COUNT, 28, 28))
-    for image, label in zip(images, labels, strict=True):
-        image[2 * label : 2 * label + 8, 4:20] = 255 - label
-    for split, n in (("train", COUNT), ("t10k", 10)):
-        write_idx(folder / f"{split}-images-idx3-ubyte.gz", images[:n])
-        write_idx(folder / f"{split}-labels-idx1-ubyte.gz", labels[:n])
-    return folder
+    return write_squares(tmp_path_factory.mktemp("idx"))
 
 
 @pytest.fixture
