@@ -148,6 +148,7 @@ def test_other_likelihoods_train(of, likelihood):
     model, _, card = checkpoints.load(training.train(config))
     assert (model.likelihood, model.scale) == (likelihood, 0.3)
     assert "as they are" in card["objective"]
+    assert card["sampling"]["shape"] == [1, 28, 28]
     curve = losses(config)
     assert np.mean(curve[-10:]) < np.mean(curve[:10])
 
@@ -180,7 +181,7 @@ def test_latents_are_scaled_to_mean_0_and_variance_1(of, trained):
     assert each.mean(dim=1).abs().max() < bound
     # the variance of the squares of a normal is 2
     assert (each.var(dim=1) - 1).abs().max() < 2**0.5 * bound
-    assert card["objective"].startswith("-log p(x|z), gaussian of scale 0.1")
+    assert card["objective"].endswith("+ 0.1 KL, nats; gaussian likelihood of scale 0.1")
 
 
 def test_latents_are_draws_of_the_posterior(of, trained):

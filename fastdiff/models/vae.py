@@ -156,12 +156,7 @@ class VAE(reference.VAE):
             return images
         return torch.bernoulli((images + 1) / 2, generator=generator)
 
-    def images(self, seeds: int | Sequence[int]) -> Tensor:
-        """The mean of p(x|z) at z ~ N(0, I), one a seed, in [-1, 1].
-
-        Args:
-            seeds: as in `fastdiff.randn`, for which an int is the seed of one image.
-        """
-        each = [seeds] if isinstance(seeds, int) else list(seeds)
-        x = self.sample(each, [self.config.latent])
+    def images(self, seeds: Sequence[int]) -> Tensor:
+        """The mean of p(x|z) at z ~ N(0, I), one a seed as in `fastdiff.randn`, in [-1, 1]."""
+        x = self.sample(seeds, [self.config.latent])
         return 2 * x - 1 if self.likelihood == "bernoulli" else x

@@ -82,7 +82,8 @@ class AutoencoderTraining(Objective):
 
     def card(self, model: nn.Module) -> dict[str, Any]:
         c = self.config
-        return {"objective": f"-log p(x|z), {c.likelihood} of scale {c.scale:g}, + {c.beta:g} KL"}
+        what = f"-E_q[log p(x|z)] + {c.beta:g} KL, nats"
+        return {"objective": f"{what}; {c.likelihood} likelihood of scale {c.scale:g}"}
 
 
 @torch.no_grad()

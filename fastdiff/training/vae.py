@@ -42,4 +42,7 @@ class VAETraining(Objective):
     def card(self, model: nn.Module) -> dict[str, Any]:
         c = self.config
         seen = "binarized anew at each step" if c.likelihood == "bernoulli" else "as they are"
-        return {"objective": f"-E_q[log p(x|z)] + {c.beta:g} KL, nats; images {seen}"}
+        return {
+            "objective": f"-E_q[log p(x|z)] + {c.beta:g} KL, nats; images {seen}",
+            "sampling": {"shape": list(self.images.shape[1:])},
+        }
