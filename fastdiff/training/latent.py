@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastdiff import checkpoints, data
 from fastdiff.data import Dataset
@@ -125,6 +126,12 @@ class LatentDiffusionTraining(Diffusion):
         model.autoencoder.load_state_dict(self.autoencoder.state_dict())
         model.autoencoder.requires_grad_(False)
         return model
+
+    def loss(self, model: nn.Module, index: Tensor, step: int) -> Tensor:
+        # the backward pass of torch's fused attention takes longer than the products on so few
+        # tokens: a step of 64 latents 0.16 s and 0.12 s on one thread of an AMD EPYC
+        with sdpa_kernel(SDPBackend.MATH):
+            return super().loss(model, index, step)
 
     def clean(self, index: Tensor, step: int) -> Tensor:
         z, _ = reparameterize(self.mu[index], self.logvar[index], self.first_seed, step=step)
