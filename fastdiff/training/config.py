@@ -9,7 +9,7 @@ from typing import Any
 from fastdiff.data import DATASETS
 from fastdiff.reference.vae import LIKELIHOODS
 
-__all__ = ["DEFAULTS", "TrainConfig", "progress_of"]
+__all__ = ["DEFAULTS", "TrainConfig", "defaults_of", "progress_of"]
 
 # what each model's run does unless told otherwise, where that is not what the fields say
 DEFAULTS: dict[str, dict[str, Any]] = {
