@@ -12,7 +12,6 @@ from torch import Tensor
 from fastdiff._guidance import RowGuidance
 from fastdiff._state import Model
 
-
 _names = itertools.count()
 
 

@@ -119,6 +119,7 @@ class GraphLoop:
         self._loop, self._unroll = loop, unroll
         self._signature: Any = None
         self._static: Static | None = None
+        self._numbers: list[float] | None = None  # weights of guidance that are on the device
         self._replays: dict[Any, Callable[[], Result]] = {}
         self._busy = threading.Lock()
 
@@ -147,7 +148,7 @@ class GraphLoop:
         if self._static is None or signature != self._signature:
             self._replays.clear()
             self._static = self._reserve(start)
-            self._signature = signature
+            self._signature, self._numbers = signature, None
         static = self._static
         self._fill(static, start)
         return static
@@ -181,9 +182,10 @@ class GraphLoop:
             for name, value in theirs.items():
                 if isinstance(value, Tensor):
                     mine[name].copy_(value)
-        # numbers go to the device in one copy
         numbers = [g.weight if isinstance(g.weight, (int, float)) else 1.0 for g in start.guidance]
-        static.weights.copy_(torch.tensor(numbers, dtype=torch.float32)[:, None])
+        if numbers != self._numbers:  # a copy to the device waits for it
+            static.weights.copy_(torch.tensor(numbers, dtype=torch.float32)[:, None])
+            self._numbers = numbers
         for to, row in zip(static.weights, start.guidance, strict=True):
             if isinstance(row.weight, Tensor):
                 to.copy_(row.weight)
