@@ -104,9 +104,11 @@ class Launched(Ranks):
             except Exception:
                 told[0] = "failed"
                 self._dist.broadcast_object_list(told)
+                self._leave()
                 raise
         self._dist.broadcast_object_list(told)
         if told[0] is not None:
+            self._leave()
             raise StoppedElsewhere
         value: _Value = told[1]
         return value
@@ -126,7 +128,11 @@ class Launched(Ranks):
         waiting.wait()  # raises where a process was lost
         if self.rank == 0:
             watch(self.add(0))
-        self._dist.barrier()  # the first process has the store: it leaves last
+        self._leave()
+
+    def _leave(self) -> None:
+        # together: the first process has the store, which the others still read
+        self._dist.barrier()
         self._dist.destroy_process_group()
 
 
