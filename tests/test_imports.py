@@ -1,7 +1,7 @@
 """What an import brings with it: time to the first picture is spent in imports above all.
 
-Seconds depend on the machine and its load, so modules are counted: `python -X importtime -c "import fastdiff"` has
-the seconds.
+Seconds depend on the machine and its load, so modules are counted; `python -X importtime -c "import
+fastdiff"` has the seconds.
 """
 
 from __future__ import annotations
