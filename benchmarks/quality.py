@@ -16,7 +16,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch import Tensor
 import fastdiff
 from benchmarks import classifier, measure
 from fastdiff import checkpoints, data
+from fastdiff.models import LatentDiffusion
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -50,19 +51,29 @@ def as_bytes(images: Tensor) -> Tensor:
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
 
-def draw(sampler: fastdiff.Sampler, labels: Tensor, first_seed: int, batch: int) -> Tensor:
-    """One sample a label; sample i is drawn from seed `first_seed + i` whatever the batch."""
+def draw(
+    sampler: fastdiff.Sampler,
+    labels: Tensor,
+    first_seed: int,
+    batch: int,
+    shape: Sequence[int],
+    decode: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """One sample a label; sample i is drawn from seed `first_seed + i` whatever the batch.
+
+    `shape` is that of what the sampler makes, and `decode` makes images of it.
+    """
     parts = []
     for part in classifier.batches(len(labels), batch):
         label = labels[part]
         parts.append(
-            sampler(
-                (1, 32, 32),
+            decode(sampler(
+                shape,
                 seeds=list(range(first_seed + part.start, first_seed + part.stop)),
                 cond={"label": label},
                 uncond={"label": torch.full_like(label, -1)},
-            )
-        )
+            ))
+        )  # fmt: skip
     return as_bytes(torch.cat(parts))
 
 
@@ -114,6 +125,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     model, schedule, card = checkpoints.load(args.model, dtype=DTYPES[args.dtype])
     model = model.to(memory_format=torch.channels_last)
+    how = card["sampling"]
+    decode = model.decode if isinstance(model, LatentDiffusion) else (lambda x: x)
     guidance = card["sampling"]["guidance"] if args.guidance is None else args.guidance
     judge = Judge(args.classifier, args.data, args.n)
     print(f"classifier: {judge.accuracy:.4f} of the test images; {args.n} samples, "
@@ -131,11 +144,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 name, schedule, steps, prediction=card["prediction"], spacing=args.spacing
             )
             start = time.perf_counter()
-            sampler = fastdiff.Sampler(model, table, guidance=guidance, clip=1.0)
-            images = draw(sampler, labels, args.seed, args.batch)
+            sampler = fastdiff.Sampler(model, table, guidance=guidance, clip=how["clip"])
+            images = draw(sampler, labels, args.seed, args.batch, how["shape"], decode)
             seconds = time.perf_counter() - start
             facts = {"solver": name, "steps": steps, "nfe": table.nfe, "n": args.n,
-                     "guidance": guidance, "spacing": args.spacing, "clip": 1.0,
+                     "guidance": guidance, "spacing": args.spacing, "clip": how["clip"],
                      "dtype": args.dtype}  # fmt: skip
             row = {"case": "quality", **facts, **judge(images, labels), "seconds": seconds}
             print(

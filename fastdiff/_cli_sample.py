@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastdiff import _ranks, backends, checkpoints, ops, schedules, solvers
 from fastdiff.data import save_grid
+from fastdiff.models import LatentDiffusion
 from fastdiff.ops.noise import Stream, as_seeds
 from fastdiff.reference.noise import philox
 from fastdiff.sampler import Sampler, SampleStep
@@ -157,6 +158,7 @@ class Job(NamedTuple):
     labels: Sequence[int | None]  # None alone: the model has no classes
     guidance: float
     dtype: torch.dtype
+    latents: Callable[[Tensor], Tensor] | None  # from latents to images; None: of a pixel model
 
     def images(
         self,
@@ -172,9 +174,14 @@ class Job(NamedTuple):
         if None not in labels:
             label = torch.tensor(labels)
             cond, uncond = {"label": label}, {"label": torch.full_like(label, -1)}
-        return self.sampler(
+        made = self.sampler(
             self.shape, seeds=seeds, cond=cond, uncond=uncond, callback=callback, progress=progress
-        ).cpu()
+        )
+        return self.decode(made)
+
+    def decode(self, made: Tensor) -> Tensor:
+        """What the sampler made as images, on the CPU."""
+        return (made if self.latents is None else self.latents(made)).cpu()
 
 
 def run(args: argparse.Namespace) -> int:
@@ -220,7 +227,8 @@ def load_job(args: argparse.Namespace) -> Job:
     clip = card["sampling"].get("clip")
     sampler = Sampler(model, table, guidance=guidance, clip=clip, device=args.device)
     labels = parse_labels(args.label, classes) if classes else [None]
-    return Job(sampler, table, card["sampling"]["shape"], labels, guidance, dtype)
+    decode = model.decode if isinstance(model, LatentDiffusion) else None
+    return Job(sampler, table, card["sampling"]["shape"], labels, guidance, dtype, decode)
 
 
 def _picture(args: argparse.Namespace) -> int:
@@ -239,7 +247,7 @@ def _picture(args: argparse.Namespace) -> int:
 
     def keep(step: SampleStep) -> None:
         if step.denoised is not None:
-            x0s.append(step.denoised.cpu())
+            x0s.append(job.decode(step.denoised))
 
     with backends.use_backend(args.backend):
         images = job.images(

@@ -21,7 +21,18 @@ from torch import Tensor, nn
 from fastdiff import schedules
 from fastdiff.formats import diffusers, guided_diffusion, hub
 from fastdiff.formats.files import read_weights
-from fastdiff.models import Autoencoder, AutoencoderConfig, DiT, DiTConfig, UNet, UNetConfig
+from fastdiff.models import (
+    VAE,
+    Autoencoder,
+    AutoencoderConfig,
+    DiT,
+    DiTConfig,
+    LatentDiffusion,
+    LatentDiffusionConfig,
+    UNet,
+    UNetConfig,
+    VAEConfig,
+)
 from fastdiff.models._keys import require_fit
 from fastdiff.schedules import Schedule
 
@@ -36,8 +47,12 @@ ASSETS = Path(__file__).parent / "assets"
 ARCHITECTURES: dict[str, tuple[type[nn.Module], Any]] = {
     "Autoencoder": (Autoencoder, AutoencoderConfig),
     "DiT": (DiT, DiTConfig),
+    "LatentDiffusion": (LatentDiffusion, LatentDiffusionConfig),
     "UNet": (UNet, UNetConfig),
+    "VAE": (VAE, VAEConfig),
 }
+# what no noise is added to
+_WITHOUT_SCHEDULE = ("Autoencoder", "VAE")
 
 
 def names() -> list[str]:
@@ -53,7 +68,8 @@ def save(
     Args:
         path: where to write, without suffix or with `.safetensors`.
         model: of a class in `ARCHITECTURES`; its `config` goes into the card.
-        schedule: the schedule it was trained on; goes into the card. None for an autoencoder.
+        schedule: the schedule it was trained on; goes into the card. None for an autoencoder
+            or a VAE.
         card: everything else, JSON-able; "prediction" must be there beside a schedule.
 
     Returns:
@@ -66,7 +82,7 @@ def save(
     kind = type(model).__name__
     if kind not in ARCHITECTURES:
         raise ValueError(f"save: model must be one of {sorted(ARCHITECTURES)}, got {kind}")
-    if (schedule is None) != (kind == "Autoencoder"):
+    if (schedule is None) != (kind in _WITHOUT_SCHEDULE):
         rule = "be None" if schedule is not None else "be a Schedule"
         raise ValueError(f"save: schedule must {rule} for a model of class {kind}, got {schedule}")
     if schedule is not None and "prediction" not in card:
@@ -163,9 +179,9 @@ def load(
         variant: of a folder's weights, such as "fp16"; None: those without, or the only one.
 
     Returns:
-        The model in evaluation mode, the schedule (None for an autoencoder, and for a folder that
-        has no scheduler), and the card: a dict as `save` wrote it, or with "prediction", "classes",
-        "sampling" and "source" made from what was read.
+        The model in evaluation mode, the schedule (None for an autoencoder or a VAE, and for a
+        folder that has no scheduler), and the card: a dict as `save` wrote it, or with
+        "prediction", "classes", "sampling" and "source" made from what was read.
 
     Raises:
         FileNotFoundError: the weights or the card are missing.

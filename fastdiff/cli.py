@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     _cli_sample.add_arguments(sample)
     commands.add_parser("solvers", help="list the solvers").set_defaults(run=list_solvers)
     commands.add_parser("doctor", help="what this machine can run").set_defaults(run=doctor)
-    commands.add_parser("train", help="train the small U-Net", add_help=False)
+    commands.add_parser("train", help="train a model", add_help=False)
     return parser
 
 

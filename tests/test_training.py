@@ -1,9 +1,7 @@
 """Training on a made-up data set: determinism, resuming, the clock, and the data reader."""
 
-import gzip
 import json
 import math
-import struct
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,33 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from idx_files import COUNT, write_squares
 from PIL import Image
 
 from fastdiff import checkpoints, data, randn, schedules, training
+from fastdiff.models import UNet, UNetConfig
 from fastdiff.ops import Stream
 from fastdiff.reference.diffusion import to_prediction
 from fastdiff.training import TrainConfig, progress_of
 
-COUNT = 40
-
-
-def write_idx(path: Path, array: np.ndarray) -> None:
-    header = b"\x00\x00\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
-    path.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes()))
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Forty images of ten classes: a bright square whose place is the label."""
-    folder = tmp_path_factory.mktemp("idx")
-    labels = np.arange(COUNT) % 10
-    images = np.zeros((COUNT, 28, 28))
-    for image, label in zip(images, labels, strict=True):
-        image[2 * label : 2 * label + 8, 4:20] = 255 - label
-    for split, n in (("train", COUNT), ("t10k", 10)):
-        write_idx(folder / f"{split}-images-idx3-ubyte.gz", images[:n])
-        write_idx(folder / f"{split}-labels-idx1-ubyte.gz", labels[:n])
-    return folder
+    return write_squares(tmp_path_factory.mktemp("idx"))
 
 
 @pytest.fixture
@@ -52,13 +36,13 @@ def config(folder, tmp_path):
 def no_grids(monkeypatch):
     """Sampling costs more than these trainings; `test_sample_grid` alone does it."""
     paths: list[Path] = []
-    monkeypatch.setattr(training._Run, "show", lambda run, path: paths.append(path))
+    monkeypatch.setattr(training.Run, "show", lambda run, path: paths.append(path))
     return paths
 
 
 def test_sample_grid(config, monkeypatch):
     monkeypatch.undo()
-    run = training._Run(config)
+    run = training.Run(config)
     path = Path(config.out)
     path.mkdir()
     run.show(path / "grid.png", rows=1)
@@ -76,14 +60,14 @@ def losses(config: TrainConfig) -> list[float]:
 def test_interrupted_run_resumes_to_the_same_bits(config, tmp_path, monkeypatch):
     whole = training.train(config)
     cut = replace(config, out=str(tmp_path / "cut"))
-    advance = training._Run.advance
+    advance = training.Run.advance
 
     def stop(run):
         if run.step == 6:
             raise KeyboardInterrupt
         return advance(run)
 
-    monkeypatch.setattr(training._Run, "advance", stop)
+    monkeypatch.setattr(training.Run, "advance", stop)
     with pytest.raises(KeyboardInterrupt):
         training.train(cut)
     monkeypatch.undo()
@@ -142,6 +126,20 @@ def test_bfloat16_trains(config):
     assert all(math.isfinite(v) for v in losses(config))
 
 
+def test_a_run_starts_as_the_first_release_did(config):
+    """The weights, the first batch and its loss, as they were when fashion was the only set."""
+    run = training.Run(config)
+    torch.manual_seed(config.seed)
+    want = UNet(UNetConfig(channels=(32,), patch_size=4)).state_dict()
+    assert all(torch.equal(v, want[k]) for k, v in run.model.state_dict().items())
+    order = training.objective.generator(config.seed, 0, 1)
+    first = torch.randperm(COUNT, generator=order)[: config.batch]
+    assert torch.equal(batch_of(run)[0], run.dataset.images[first])
+    # an untrained model answers 0, so the loss is a weighted mean of 8 * 32 * 32 squares; a sum
+    # in pairs of 2 ** 13 terms may be off by 13 units, and three roundings make each term
+    assert run.advance() == pytest.approx(0.2971578538417816, rel=16 * torch.finfo().eps)
+
+
 def test_command_gives_the_config_back(config):
     for c in (config, TrainConfig(out="x"), replace(config, channels=(32, 64), lr=2.5e-4)):
         assert training.parse(c.command().split()[2:]) == c
@@ -153,21 +151,25 @@ def test_command_line(config, capsys):
     assert json.loads(capsys.readouterr().out)["weights"].endswith("tiny.safetensors")
 
 
+def batch_of(run):
+    return run.objective.batch(run.index(), run.step)
+
+
 def drawn_by(run):
     """All that the present step draws; where the noise is the target, it is the last."""
-    x0, label, t = run._batch()
-    return (x0, label, t, *run._noisy(x0, t))
+    x0, label, t = batch_of(run)
+    return (x0, label, t, *run.objective.noisy(x0, t, run.step))
 
 
 def test_batches_depend_on_the_step_and_the_seed_alone(config):
     config = replace(config, prediction="epsilon")
-    run, other = training._Run(config), training._Run(config)
+    run, other = training.Run(config), training.Run(config)
     run.step = other.step = 3
     first = drawn_by(run)
     assert all(torch.equal(a, b) for a, b in zip(first, drawn_by(other), strict=True))
     noises = {first[-1].numpy().tobytes()}
     for seed, step in ((5, 4), (6, 3), (2**40 + 5, 3)):
-        other = training._Run(replace(config, seed=seed))
+        other = training.Run(replace(config, seed=seed))
         other.step = step
         noises.add(drawn_by(other)[-1].numpy().tobytes())
     assert len(noises) == 4
@@ -175,7 +177,7 @@ def test_batches_depend_on_the_step_and_the_seed_alone(config):
 
 def test_images_of_one_batch_and_of_two_runs_have_noises_of_their_own(config):
     config = replace(config, prediction="epsilon")
-    found = [drawn_by(training._Run(replace(config, seed=seed)))[-1] for seed in (0, 1, 2)]
+    found = [drawn_by(training.Run(replace(config, seed=seed)))[-1] for seed in (0, 1, 2)]
     assert len({noise.numpy().tobytes() for batch in found for noise in batch}) == 3 * config.batch
 
 
@@ -202,26 +204,26 @@ def test_noised_refuses_times_that_are_no_tensor():
 
 
 def test_an_epoch_visits_every_image_once(config):
-    run = training._Run(replace(config, label_dropout=0.0))
-    run.images = torch.arange(COUNT).view(COUNT, 1, 1, 1).float()
+    run = training.Run(replace(config, label_dropout=0.0))
+    run.objective.images = torch.arange(COUNT).view(COUNT, 1, 1, 1).float()
     orders = []
     for epoch in range(2):
         seen = []
         for step in range(COUNT // 8):
             run.step = epoch * (COUNT // 8) + step
-            x0, label, _ = run._batch()
+            x0, label, _ = batch_of(run)
             seen += x0.flatten().long().tolist()
-            assert torch.equal(label, run.labels[x0.flatten().long()])
+            assert torch.equal(label, run.dataset.labels[x0.flatten().long()])
         assert sorted(seen) == list(range(COUNT))
         orders.append(seen)
     assert orders[0] != orders[1]
 
 
 def test_times_are_stratified_and_labels_dropped(config):
-    run = training._Run(replace(config, batch=40, label_dropout=0.5))
+    run = training.Run(replace(config, batch=40, label_dropout=0.5))
     dropped = 0
     for run.step in range(50):
-        _, label, t = run._batch()
+        _, label, t = batch_of(run)
         # one time in each of 40 equal parts of [0, 1000)
         assert (t // 25).tolist() == list(range(40))
         dropped += int((label == -1).sum())
@@ -230,7 +232,7 @@ def test_times_are_stratified_and_labels_dropped(config):
 
 
 def test_learning_rate_warms_up_and_decays(config):
-    run = training._Run(config)
+    run = training.Run(config)
     rates = []
     for _ in range(config.steps):
         run.advance()
@@ -266,7 +268,7 @@ def test_minutes_end_the_run(config, monkeypatch):
 
 
 def test_checkpoint_is_whole_or_absent(config, monkeypatch):
-    run = training._Run(config)
+    run = training.Run(config)
     path = Path(config.out)
     path.mkdir()
     run.save(path / "last.pt")

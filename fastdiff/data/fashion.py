@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import gzip
 import math
-import os
 import struct
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
-__all__ = [
-    "DEFAULT_FOLDER", "LABELS", "fashion_mnist", "read_idx", "save_grid", "save_image",
-    "to_unit_range",
-]  # fmt: skip
+from fastdiff.data._dataset import Dataset
+
+__all__ = ["DEFAULT_FOLDER", "LABELS", "fashion_mnist", "load", "read_idx", "to_unit_range"]
 
 DEFAULT_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 LABELS = (
@@ -106,48 +103,15 @@ def fashion_mnist(
     return to_unit_range(images, size), labels.long()
 
 
-def save_grid(images: Tensor, path: str | Path, columns: int) -> None:
-    """Write images as one grey PNG, `columns` in a row.
-
-    Args:
-        images: `(N, 1, h, w)` in [-1, 1]; values outside are clamped.
-        path: the file to write.
-        columns: images in a row, >= 1.
-    """
-    if images.ndim != 4 or images.shape[1] != 1 or columns < 1:
-        raise ValueError(
-            "data: images must have shape (N, 1, h, w) and columns be >= 1, got "
-            f"{tuple(images.shape)} and {columns}"
-        )
-    n, _, h, w = images.shape
-    rows = -(-n // columns)
-    grid = torch.zeros(rows * columns, h, w, dtype=torch.uint8)
-    grid[:n] = _bytes(images[:, 0])
-    pixels = grid.view(rows, columns, h, w).transpose(1, 2).reshape(rows * h, columns * w)
-    Image.fromarray(pixels.numpy()).save(path)
-
-
-def save_image(image: Tensor, path: str | Path) -> None:
-    """Write one image as a PNG that is there whole or not at all.
-
-    Args:
-        image: `(1, h, w)` grey or `(3, h, w)` RGB, in [-1, 1]; values outside are clamped.
-        path: the file to write or to replace, in an existing folder.
-    """
-    if image.ndim != 3 or image.shape[0] not in (1, 3):
-        raise ValueError(
-            f"data: image must have shape (1, h, w) or (3, h, w), got {tuple(image.shape)}"
-        )
-    pixels = _bytes(image).permute(1, 2, 0).squeeze(-1).contiguous()
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        Image.fromarray(pixels.numpy()).save(part, format="PNG")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _bytes(images: Tensor) -> Tensor:
-    """[-1, 1] as 0 to 255, on the CPU."""
-    return ((images.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+def load(folder: str | Path = DEFAULT_FOLDER, size: int = 32) -> Dataset:
+    """The training split, as `fashion_mnist` reads it, with the facts of its card."""
+    images, labels = fashion_mnist("train", folder, size)
+    shape = f"padded to {size}x{size}" if size > 28 else "28x28"
+    return Dataset(
+        images=images,
+        labels=labels,
+        classes=LABELS,
+        name=f"Fashion-MNIST, training split, 60,000 images, {shape}, [-1, 1]",
+        source="https://github.com/zalandoresearch/fashion-mnist",
+        licence="MIT, (c) 2017 Zalando SE",
+    )

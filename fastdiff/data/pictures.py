@@ -1,0 +1,60 @@
+"""Images as PNG files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+__all__ = ["save_grid", "save_image"]
+
+
+def save_grid(images: Tensor, path: str | Path, columns: int) -> None:
+    """Write images as one PNG, `columns` in a row.
+
+    Args:
+        images: `(N, 1, h, w)` grey or `(N, 3, h, w)` RGB, in [-1, 1]; values outside are clamped.
+        path: the file to write.
+        columns: images in a row, >= 1.
+    """
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or columns < 1:
+        raise ValueError(
+            "data: images must have shape (N, 1, h, w) or (N, 3, h, w) and columns be >= 1, got "
+            f"{tuple(images.shape)} and {columns}"
+        )
+    n, c, h, w = images.shape
+    rows = -(-n // columns)
+    grid = torch.zeros(rows * columns, c, h, w, dtype=torch.uint8)
+    grid[:n] = _bytes(images)
+    pixels = grid.view(rows, columns, c, h, w).permute(0, 3, 1, 4, 2)
+    pixels = pixels.reshape(rows * h, columns * w, c).squeeze(-1)
+    Image.fromarray(pixels.numpy()).save(path)
+
+
+def save_image(image: Tensor, path: str | Path) -> None:
+    """Write one image as a PNG that is there whole or not at all.
+
+    Args:
+        image: `(1, h, w)` grey or `(3, h, w)` RGB, in [-1, 1]; values outside are clamped.
+        path: the file to write or to replace, in an existing folder.
+    """
+    if image.ndim != 3 or image.shape[0] not in (1, 3):
+        raise ValueError(
+            f"data: image must have shape (1, h, w) or (3, h, w), got {tuple(image.shape)}"
+        )
+    pixels = _bytes(image).permute(1, 2, 0).squeeze(-1).contiguous()
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        Image.fromarray(pixels.numpy()).save(part, format="PNG")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _bytes(images: Tensor) -> Tensor:
+    """[-1, 1] as 0 to 255, on the CPU."""
+    return ((images.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -1,0 +1,228 @@
+"""The loop that every model is trained by: AdamW with warm-up and cosine decay to zero, an
+exponential moving average (EMA) of the weights, checkpoints that are whole or absent.
+
+Everything random is a function of the seed and the step, so a resumed run repeats the
+uninterrupted one, and a checkpoint needs no generator state.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fastdiff import checkpoints, data
+from fastdiff.training.config import TrainConfig, progress_of
+from fastdiff.training.diffusion import Diffusion
+from fastdiff.training.latent import AutoencoderTraining, LatentDiffusionTraining
+from fastdiff.training.objective import Objective, generator
+from fastdiff.training.vae import VAETraining
+
+__all__ = ["OBJECTIVES", "Run", "train"]
+
+# a step never takes this long; a longer gap is a stopped process, and no training time
+_PAUSE_SECONDS = 5.0
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    "unet": Diffusion,
+    "vae-mlp": VAETraining,
+    "vae-conv": VAETraining,
+    "autoencoder": AutoencoderTraining,
+    "latent": LatentDiffusionTraining,
+}
+
+
+class Run:
+    """The state of a training run: all that a checkpoint holds, and one optimizer step."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.dataset = data.load(config.dataset, config.data, config.image_size)
+        shape = self.dataset.images.shape
+        if config.batch > shape[0]:
+            raise ValueError(f"train: batch must be at most {shape[0]}, got {config.batch}")
+        if shape[2] != shape[3]:
+            raise ValueError(f"train: dataset must hold square images, got {tuple(shape[2:])}")
+        torch.manual_seed(config.seed)
+        self.objective = OBJECTIVES[config.model](config, self.dataset)
+        layout: dict[str, Any] = {
+            "memory_format": self.objective.memory_format, "device": config.device,
+        }  # fmt: skip
+        self.model, self.ema = (self.objective.build().to(**layout) for _ in range(2))
+        self.ema.load_state_dict(self.model.state_dict())
+        self.ema.requires_grad_(False).eval()
+        pairs = zip(self.model.parameters(), self.ema.parameters(), strict=True)
+        trained = [(own, mean) for own, mean in pairs if own.requires_grad]
+        self.parameters: list[nn.Parameter] = [own for own, _ in trained]
+        self.means: list[Tensor] = [mean for _, mean in trained]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, config.lr, (0.9, 0.99), weight_decay=config.weight_decay, fused=True
+        )
+        self.step = 0
+        self.elapsed = 0.0
+        self.losses: list[float] = []
+
+    @property
+    def progress(self) -> float:
+        return progress_of(self.config, self.step, self.elapsed)
+
+    def advance(self) -> float:
+        """One optimizer step and one EMA update; returns the loss."""
+        c = self.config
+        rate = c.lr * min(1.0, (self.step + 1) / max(c.warmup, 1))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * self.progress))
+        loss = self.objective.loss(self.model, self.index(), self.step)
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.parameters, c.clip)
+        self.optimizer.step()
+        decay = min(c.ema, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(self.means, list(self.parameters), 1 - decay)
+        self.step += 1
+        self.losses.append(loss.item())
+        return self.losses[-1]
+
+    def index(self) -> Tensor:
+        """Which images the present step sees."""
+        n = self.config.batch
+        epoch, place = divmod(self.step, len(self.dataset.images) // n)
+        return self._order(epoch)[place * n : (place + 1) * n]
+
+    def _order(self, epoch: int) -> Tensor:
+        """Which images an epoch draws, in order: each once or, of N images, one of weight w
+        floor(N w) or ceil(N w) times."""
+        draw, n = generator(self.config.seed, epoch, 1), len(self.dataset.images)
+        order = torch.randperm(n, generator=draw)
+        if self.config.balance == 1:
+            return order
+        # evenly spaced places from a random start: fewer repeats than independent draws have
+        places = (torch.arange(n) + torch.rand(1, generator=draw, dtype=torch.float64)) / n
+        ends = self.dataset.draw_weights(self.config.balance).cumsum(0)
+        return torch.searchsorted(ends, places).clamp(max=n - 1)[order]
+
+    def save(self, path: Path) -> None:
+        """Write the checkpoint whole or not at all."""
+        state = {
+            "config": asdict(self.config),
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "elapsed": self.elapsed,
+            "losses": torch.tensor(self.losses),
+        }
+        part = path.with_suffix(".part")
+        torch.save(state, part)
+        os.replace(part, path)
+
+    def load(self, path: Path) -> None:
+        """Continue from a checkpoint that `save` wrote."""
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"train: out must hold {path.name} to resume, got {path.parent}"
+            )
+        state = torch.load(path, weights_only=True, map_location=self.config.device)
+        # checkpoints from before there were other models do not name theirs
+        model = state["config"].get("model", "unet")
+        if model != self.config.model:
+            raise ValueError(
+                f"train: model must be that of {path.name}, {model}, got {self.config.model}"
+            )
+        self.model.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.elapsed = state["step"], state["elapsed"]
+        self.losses = state["losses"].tolist()
+
+    def show(self, path: Path, rows: int = 8) -> None:
+        """Write a grid of what the averaged weights make."""
+        self.objective.show(self.ema, path, rows)
+
+    def card(self) -> dict[str, Any]:
+        """What the reader of the weights should know; `metrics` is filled by the benchmarks."""
+        c = self.config
+        width = max(1, math.ceil(len(self.losses) / 200))
+        curve = [self.losses[i : i + width] for i in range(0, len(self.losses), width)]
+        return {
+            "name": c.title,
+            **self.objective.card(self.ema),
+            "licence": "Apache-2.0",
+            "data": {
+                "name": self.dataset.name,
+                "source": self.dataset.source,
+                "licence": self.dataset.licence,
+            },
+            "training": {
+                "command": c.command(),
+                "class_share": f"in proportion to its number of images to the power {c.balance:g}",
+                "steps": self.step,
+                "images_seen": self.step * c.batch,
+                "minutes": round(self.elapsed / 60, 1),
+                "dtype": f"{c.dtype} autocast, float32 weights",
+                "machine": _machine(c.device),
+                "torch": torch.__version__,
+                "loss_every": width,
+                "loss": [round(sum(part) / len(part), 5) for part in curve],
+            },
+            "metrics": {},
+        }
+
+
+def _machine(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [s.split(":")[1] for s in info.read_text().splitlines() if "model name" in s]
+        cpu = names[0].strip() if names else cpu
+    return f"{cpu}, threads: {torch.get_num_threads()}"
+
+
+def train(config: TrainConfig) -> Path:
+    """Train (or resume) and write the averaged weights and their card into `config.out`.
+
+    Returns:
+        The path of the `.safetensors` file; the card lies beside it as `.json`.
+
+    Raises:
+        FileNotFoundError: the data, the autoencoder or the checkpoint to resume are missing.
+        ValueError: an option does not fit the data or the checkpoint.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    run, last = Run(config), out / "last.pt"
+
+    if config.resume:
+        run.load(last)
+    bar = tqdm(total=config.steps, initial=run.step, unit="step", mininterval=2, file=sys.stderr)
+    mark, usual = time.perf_counter(), 0.0
+    while run.progress < 1:
+        loss = run.advance()
+        bar.update()
+        bar.set_postfix(loss=f"{loss:.4f}", minutes=f"{run.elapsed / 60:.1f}", refresh=False)
+        if run.step % config.save_every == 0:
+            run.save(last)
+        if run.step % config.sample_every == 0:
+            run.show(out / f"samples-{run.step:06d}.png")
+        now = time.perf_counter()
+        usual = now - mark if now - mark < _PAUSE_SECONDS else usual
+        run.elapsed, mark = run.elapsed + usual, now
+    bar.close()
+    run.save(last)
+    run.objective.finish(run.ema)
+    run.show(out / f"{config.title}.png")
+    return checkpoints.save(out / config.title, run.ema, run.objective.schedule, run.card())
