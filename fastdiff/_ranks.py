@@ -1,7 +1,7 @@
 """The processes of one command: alone, or as torchrun started them.
 
-Only words travel between them (who takes which work, how much is done), and no tensors, so the
-group is gloo on every device.
+Words travel between them (who takes which work, how much is done), by gloo on every device; tensors
+do in training alone, and on a GPU by nccl.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 
 _Value = TypeVar("_Value")
 _POLL_SECONDS = 0.2
+_CPU = torch.device("cpu")
 
 
 class StoppedElsewhere(Exception):
@@ -25,6 +26,11 @@ class StoppedElsewhere(Exception):
 def launched() -> bool:
     """Whether torchrun, or what sets the same variables, started this process."""
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+
+
+def first() -> bool:
+    """Whether this process is the one that speaks."""
+    return not launched() or os.environ["RANK"] == "0"
 
 
 def restarted() -> bool:
@@ -70,15 +76,22 @@ class Ranks:
         self._done += count
         return self._done
 
+    def sum(self, tensor: torch.Tensor) -> None:
+        """Make the tensor the sum over all processes, in place."""
+
     def finish(self, watch: Callable[[int], object]) -> None:
         """Wait for the others; the first process calls ``watch`` with what is done meanwhile."""
         watch(self._done)
 
 
 class Launched(Ranks):
-    """One of the processes that torchrun started."""
+    """One of the processes that torchrun started.
 
-    def __init__(self) -> None:
+    Args:
+        tensors: the device of the tensors that travel.
+    """
+
+    def __init__(self, tensors: str) -> None:
         import torch.distributed as dist
         from torch.distributed.rendezvous import rendezvous
 
@@ -88,8 +101,9 @@ class Launched(Ranks):
         # that of threads: torchrun gives each of several processes one, so one alone has one too
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
         self._store, self.rank, self.size = next(iter(rendezvous("env://")))
+        on_cpu = torch.device(tensors).type == "cpu"
         dist.init_process_group(
-            "gloo",
+            "gloo" if on_cpu else "cpu:gloo,cuda:nccl",
             store=self._store,
             rank=self.rank,
             world_size=self.size,
@@ -103,10 +117,10 @@ class Launched(Ranks):
                 told[1] = make()
             except Exception:
                 told[0] = "failed"
-                self._dist.broadcast_object_list(told)
+                self._dist.broadcast_object_list(told, device=_CPU)
                 self._leave()
                 raise
-        self._dist.broadcast_object_list(told)
+        self._dist.broadcast_object_list(told, device=_CPU)
         if told[0] is not None:
             self._leave()
             raise StoppedElsewhere
@@ -118,6 +132,9 @@ class Launched(Ranks):
 
     def add(self, count: int) -> int:
         return int(self._store.add("done", count))
+
+    def sum(self, tensor: torch.Tensor) -> None:
+        self._dist.all_reduce(tensor)
 
     def finish(self, watch: Callable[[int], object]) -> None:
         waiting = self._dist.barrier(async_op=True)
@@ -136,6 +153,6 @@ class Launched(Ranks):
         self._dist.destroy_process_group()
 
 
-def join() -> Ranks:
-    """The processes that this one belongs to."""
-    return Launched() if launched() else Ranks()
+def join(tensors: str = "cpu") -> Ranks:
+    """The processes that this one belongs to; ``tensors``: the device of those that travel."""
+    return Launched(tensors) if launched() else Ranks()
