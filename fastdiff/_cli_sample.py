@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff import backends, checkpoints, ops, schedules, solvers
-from fastdiff.data import save_grid, save_image
+from fastdiff import _ranks, backends, checkpoints, ops, schedules, solvers
+from fastdiff.data import save_grid
 from fastdiff.models import LatentDiffusion
 from fastdiff.ops.noise import Stream, as_seeds
 from fastdiff.reference.noise import philox
@@ -53,7 +53,7 @@ def add_arguments(s: argparse.ArgumentParser) -> None:
     many.add_argument("--outdir", default=None, help="folder for 000000.png, 000001.png, ...")
     many.add_argument("--subdirs", action="store_true", help="a folder in it for each 1000 seeds")
     many.add_argument("--batch", type=int, default=None, help=f"seeds at a time, default {BATCH}")
-    many.add_argument("--resume", action="store_true", help="keep the files that are there")
+    many.add_argument("--resume", action="store_true", help="continue a run of the same settings")
     s.add_argument("--device", default="auto")
     s.add_argument(
         "--dtype", default="auto", choices=["auto", *DTYPES],
@@ -193,15 +193,22 @@ def run(args: argparse.Namespace) -> int:
         if value not in (None, False):
             state = "without" if args.outdir else "with"
             raise ValueError(f"sample: {name} must be given {state} --outdir, got {value}")
-    return _files(args) if args.outdir else _picture(args)
+    if args.outdir:
+        from fastdiff import _cli_files
+
+        return _cli_files.run(args)
+    processes = int(os.environ["WORLD_SIZE"]) if _ranks.launched() else 1
+    if processes > 1:
+        raise ValueError(f"sample: outdir must be given for {processes} processes, got none")
+    return _picture(args)
 
 
-def _load(args: argparse.Namespace) -> Job:
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+def load_job(args: argparse.Namespace) -> Job:
+    """The model and the table that the options name."""
+    args.device = _ranks.local_device(args.device)
     dtype = checkpoints.fast_dtype(args.device) if args.dtype == "auto" else DTYPES[args.dtype]
     model, schedule, card = checkpoints.load(args.model, dtype=dtype, device=args.device)
-    if args.device == "cpu":
+    if torch.device(args.device).type == "cpu":
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if schedule is None:
         raise ValueError(f"sample: model must have a noise schedule, got {args.model} without one")
@@ -232,7 +239,7 @@ def _picture(args: argparse.Namespace) -> int:
     out = check_writable(Path(args.out or "samples.png"))
     save = check_writable(Path(args.save), "save") if args.save else None
     strip = check_writable(Path(args.strip), "strip") if args.strip else None
-    job = _load(args)
+    job = load_job(args)
     loaded = clock()
     label = [n for n in job.labels for _ in seeds]
     every_seed = seeds * len(job.labels)
@@ -256,7 +263,7 @@ def _picture(args: argparse.Namespace) -> int:
             of: dict[str, Any] = {} if None in label else {"label": np.array(label)}
             np.savez(handle, images=images.numpy(), seed=every_seed, **of)
     done = clock()
-    _report(args, job, f"{len(images)} images")
+    report(args, job, f"{len(images)} images")
     print(
         f"load {loaded - start:.2f} s, sample {sampled - loaded:.2f} s "
         f"({(sampled - loaded) / len(images) * 1e3:.1f} ms an image), "
@@ -265,48 +272,8 @@ def _picture(args: argparse.Namespace) -> int:
     return 0
 
 
-def _files(args: argparse.Namespace) -> int:
-    """One file a seed."""
-    seeds = parse_seeds(args.seeds)
-    batch = BATCH if args.batch is None else args.batch
-    if batch < 1:
-        raise ValueError(f"sample: batch must be at least 1, got {batch}")
-    paths = {seed: path_of(Path(args.outdir), seed, args.subdirs) for seed in seeds}
-    left = [seed for seed in seeds if not (args.resume and paths[seed].exists())]
-    job = _load(args)
-    for folder in {path.parent for path in paths.values()}:
-        folder.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    from tqdm import tqdm
-
-    bar = tqdm(
-        total=len(seeds), initial=len(seeds) - len(left), unit="image",
-        disable=not sys.stderr.isatty(),
-    )  # fmt: skip
-    with bar, backends.use_backend(args.backend):
-        for first in range(0, len(left), batch):
-            part = left[first : first + batch]
-            for seed, image in zip(
-                part, job.images(part, labels_of(part, job.labels)), strict=True
-            ):
-                save_image(image, paths[seed])
-                bar.update()
-    spent = time.perf_counter() - start
-    _report(args, job, f"{len(left)} images")
-    print(
-        f"sample and write {spent:.2f} s ({spent / max(len(left), 1) * 1e3:.1f} ms an image), "
-        f"{len(seeds) - len(left)} kept: {args.outdir}"
-    )
-    return 0
-
-
-def path_of(folder: Path, seed: int, subdirs: bool) -> Path:
-    """``000123.png``, within ``000000`` where there are folders of 1000 seeds."""
-    folder = folder / f"{seed - seed % 1000:06d}" if subdirs else folder
-    return folder / f"{seed:06d}.png"
-
-
-def _report(args: argparse.Namespace, job: Job, made: str) -> None:
+def report(args: argparse.Namespace, job: Job, made: str) -> None:
+    """Print what was done, and on what."""
     print(
         f"{args.model}: {made}, {job.table.name} with {args.steps} steps "
         f"({job.table.nfe} model evaluations), guidance {job.guidance:g}, seeds {args.seeds}"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdiff import _cli_sample, checkpoints, cli, data, schedules
+from fastdiff import _cli_files, checkpoints, cli, data, schedules
 from fastdiff._cli_sample import labels_of
 from fastdiff.reference.noise import philox
 
@@ -47,8 +47,7 @@ def run(folder, *words, solver="ddpm"):
 def hashes(folder):
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        for path in sorted(folder.rglob("*.png"))
     }
 
 
@@ -102,13 +101,13 @@ def test_resume_keeps_what_is_there(elementwise, tmp_path, monkeypatch, capsys):
         written.append(path)
         save(image, path)
 
-    monkeypatch.setattr(_cli_sample, "save_image", failing)
+    monkeypatch.setattr(_cli_files, "save_image", failing)
     assert run(folder, "--seeds", "0-4", "--batch", 2) == 2
     assert "no space left" in capsys.readouterr().err
     first = hashes(folder)
     assert list(first) == ["000000.png", "000001.png", "000002.png"]
     (folder / "000001.png").write_bytes(b"mine")
-    monkeypatch.setattr(_cli_sample, "save_image", save)
+    monkeypatch.setattr(_cli_files, "save_image", save)
     assert run(folder, "--seeds", "0-4", "--batch", 2, "--resume") == 0
     assert "2 images" in (printed := capsys.readouterr().out) and "3 kept" in printed
     assert (folder / "000001.png").read_bytes() == b"mine"

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from fastdiff import solvers
+from fastdiff._state import first_parameter
 from fastdiff.integrations._guided_process import Model, Process
 from fastdiff.integrations._torch_noise import randn_like
 from fastdiff.ops.noise import Stream, as_seeds, randn
 from fastdiff.ops.reverse_step import reverse_step
-from fastdiff.sampler import first_parameter
 from fastdiff.solvers._walk import x0_conversion
 from fastdiff.table import Row, StepTable
 

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdiff._state import history_slots
 from fastdiff.ops.noise import Stream
 from fastdiff.ops.reverse_step import reverse_step
 from fastdiff.path_noise import PathNoise
-from fastdiff.sampler import _slots
 from fastdiff.table import Row, StepTable
 
 __all__ = [
@@ -308,7 +308,7 @@ def walk(
     n = len(x)
     times = torch.tensor(table.times, dtype=x.dtype, device=x.device)
     levels = torch.tensor(sigmas, dtype=x.dtype, device=x.device)
-    history = _slots(rows.depth, state)
+    history = history_slots(rows.depth, state)
     y = torch.empty_like(state) if rows.anchored else None
     spare = torch.empty_like(state) if callback is None else None
     own = state is not x  # whether the state is in memory that may be written to

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -123,9 +124,21 @@ def check_rows(rows: torch.Tensor, table: Packing, like: Like) -> torch.Tensor:
     return rows.to(like.device).contiguous()
 
 
-def joined(table: Packing, rows: torch.Tensor) -> Needs:
+class Cursor(NamedTuple):
+    """Rows of a caller who knows what lies in them, for a graph, which can not ask the device.
+
+    Attributes:
+        rows: (N,) int64 on the device of the state, as one run of memory.
+        needs: what any row that it may hold needs (`joined`).
+    """
+
+    rows: torch.Tensor
+    needs: Needs
+
+
+def joined(table: Packing, rows: Iterable[int]) -> Needs:
     """What any of the rows needs."""
-    each = [table.needs[i] for i in set(rows.tolist())] or [table.needs[0]]
+    each = [table.needs[i] for i in set(rows)] or [table.needs[0]]
     return Needs(*(max(values) for values in zip(*each, strict=True)))
 
 

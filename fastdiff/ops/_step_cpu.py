@@ -17,7 +17,7 @@ def quick(
     x: torch.Tensor,
     output: torch.Tensor | None,
     table: Packing,
-    row: int | torch.Tensor,
+    row: object,
     uncond: torch.Tensor | None,
     guidance: float | torch.Tensor,
     scale: torch.Tensor | None,

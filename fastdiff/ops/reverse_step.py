@@ -12,6 +12,7 @@ from fastdiff.backends import Implementation, Op, choose
 from fastdiff.ops import _native, _step_cpu
 from fastdiff.ops._layout import memory_format
 from fastdiff.ops._step_checks import (
+    Cursor,
     Like,
     Step,
     check_apart,
@@ -167,7 +168,7 @@ def prepare(
     x: torch.Tensor,
     output: torch.Tensor | None,
     table: Packing,
-    row: int | torch.Tensor,
+    row: int | torch.Tensor | Cursor,
     *,
     uncond: torch.Tensor | None = None,
     guidance: float | torch.Tensor = 1.0,
@@ -195,7 +196,9 @@ def prepare(
     rows: torch.Tensor | None = None
     if isinstance(row, torch.Tensor):
         rows = check_rows(row, table, like)
-        needs, row = joined(table, rows), 0
+        needs, row = joined(table, rows.tolist()), 0
+    elif isinstance(row, Cursor):
+        rows, needs, row = row.rows, row.needs, 0
     else:
         needs = table.needs[check_row(row, table)]
     if needs.output:
@@ -265,7 +268,7 @@ def reverse_step(
     x: torch.Tensor,
     output: torch.Tensor | None,
     table: Packing,
-    row: int | torch.Tensor,
+    row: int | torch.Tensor | Cursor,
     *,
     uncond: torch.Tensor | None = None,
     guidance: float | torch.Tensor = 1.0,
@@ -285,7 +288,8 @@ def reverse_step(
             channels_last are read as they are, any other order is copied first.
         output: (N, *S) model output, float32, bfloat16 or float16; None for a row without one.
         table: the solver's rows.
-        row: index of the row, or (N,) int64 tensor with one a sample.
+        row: index of the row, or (N,) int64 tensor with one a sample (or such a tensor in a
+            `Cursor`, whose values are not looked at).
         uncond: (N, *S) unconditional model output, dtype of ``output``.
         guidance: weight w of ``uncond + w*(output - uncond)``, a number or (N,) float32.
         scale: (N,) factors of the guided output, dtype of x, from `guidance_rescale`; None: none.

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import fields
 
+from fastdiff import _ranks
 from fastdiff.training.config import DEFAULTS, TrainConfig, defaults_of
 from fastdiff.training.run import train
 
@@ -47,5 +48,6 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line says, and print where the results are."""
     path = train(parse(argv))
-    print(json.dumps({"weights": str(path), "card": str(path.with_suffix(".json"))}))
+    if _ranks.first():
+        print(json.dumps({"weights": str(path), "card": str(path.with_suffix(".json"))}))
     return 0

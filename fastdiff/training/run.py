@@ -12,7 +12,7 @@ import os
 import platform
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from fastdiff.training.config import TrainConfig, progress_of
 from fastdiff.training.diffusion import Diffusion
 from fastdiff.training.latent import AutoencoderTraining, LatentDiffusionTraining
 from fastdiff.training.objective import Objective, generator
+from fastdiff.training.parallel import Share
 from fastdiff.training.vae import VAETraining
 
 __all__ = ["OBJECTIVES", "Run", "train"]
@@ -42,10 +43,16 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 
 class Run:
-    """The state of a training run: all that a checkpoint holds, and one optimizer step."""
+    """The state of a training run: all that a checkpoint holds, and one optimizer step.
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.config = config
+    Args:
+        config: of the whole run.
+        share: the part of this process; None: all.
+    """
+
+    def __init__(self, config: TrainConfig, share: Share | None = None) -> None:
+        self.share = share or Share(config)
+        self.config = config = replace(config, device=self.share.config.device)
         self.dataset = data.load(config.dataset, config.data, config.image_size)
         shape = self.dataset.images.shape
         if config.batch > shape[0]:
@@ -53,11 +60,12 @@ class Run:
         if shape[2] != shape[3]:
             raise ValueError(f"train: dataset must hold square images, got {tuple(shape[2:])}")
         torch.manual_seed(config.seed)
-        self.objective = OBJECTIVES[config.model](config, self.dataset)
+        self.objective = OBJECTIVES[config.model](self.share.config, self.dataset)
         layout: dict[str, Any] = {
             "memory_format": self.objective.memory_format, "device": config.device,
         }  # fmt: skip
         self.model, self.ema = (self.objective.build().to(**layout) for _ in range(2))
+        self._loss = self.share.loss(self.model, self.objective)
         self.ema.load_state_dict(self.model.state_dict())
         self.ema.requires_grad_(False).eval()
         pairs = zip(self.model.parameters(), self.ema.parameters(), strict=True)
@@ -81,7 +89,7 @@ class Run:
         rate = c.lr * min(1.0, (self.step + 1) / max(c.warmup, 1))
         for group in self.optimizer.param_groups:
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * self.progress))
-        loss = self.objective.loss(self.model, self.index(), self.step)
+        loss = self._loss(self.share.index(self.index()), self.step)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.parameters, c.clip)
@@ -90,7 +98,7 @@ class Run:
         with torch.no_grad():
             torch._foreach_lerp_(self.means, list(self.parameters), 1 - decay)
         self.step += 1
-        self.losses.append(loss.item())
+        self.losses.append(self.share.mean(loss))
         return self.losses[-1]
 
     def index(self) -> Tensor:
@@ -168,6 +176,7 @@ class Run:
                 "class_share": f"in proportion to its number of images to the power {c.balance:g}",
                 "steps": self.step,
                 "images_seen": self.step * c.batch,
+                **({"processes": self.share.size} if self.share.size > 1 else {}),
                 "minutes": round(self.elapsed / 60, 1),
                 "dtype": f"{c.dtype} autocast, float32 weights",
                 "machine": _machine(c.device),
@@ -193,36 +202,48 @@ def _machine(device: str) -> str:
 def train(config: TrainConfig) -> Path:
     """Train (or resume) and write the averaged weights and their card into `config.out`.
 
+    Started by torchrun, every process takes its share of each batch, and the first one writes.
+
     Returns:
         The path of the `.safetensors` file; the card lies beside it as `.json`.
 
     Raises:
         FileNotFoundError: the data, the autoencoder or the checkpoint to resume are missing.
-        ValueError: an option does not fit the data or the checkpoint.
+        ValueError: an option does not fit the data, the checkpoint or the number of processes.
     """
+    share = Share(config)
     if config.threads:
         torch.set_num_threads(config.threads)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    run, last = Run(config), out / "last.pt"
+    run, last, writes = Run(config, share), out / "last.pt", share.rank == 0
 
     if config.resume:
         run.load(last)
-    bar = tqdm(total=config.steps, initial=run.step, unit="step", mininterval=2, file=sys.stderr)
+    bar = tqdm(
+        total=config.steps, initial=run.step, unit="step", mininterval=2, file=sys.stderr,
+        disable=not writes,
+    )  # fmt: skip
     mark, usual = time.perf_counter(), 0.0
     while run.progress < 1:
         loss = run.advance()
         bar.update()
         bar.set_postfix(loss=f"{loss:.4f}", minutes=f"{run.elapsed / 60:.1f}", refresh=False)
-        if run.step % config.save_every == 0:
+        if writes and run.step % config.save_every == 0:
             run.save(last)
-        if run.step % config.sample_every == 0:
+        if writes and run.step % config.sample_every == 0:
             run.show(out / f"samples-{run.step:06d}.png")
         now = time.perf_counter()
         usual = now - mark if now - mark < _PAUSE_SECONDS else usual
         run.elapsed, mark = run.elapsed + usual, now
+        if config.max_minutes:  # the learning rate and the end go by it
+            run.elapsed = share.agreed(run.elapsed)
     bar.close()
-    run.save(last)
-    run.objective.finish(run.ema)
-    run.show(out / f"{config.title}.png")
-    return checkpoints.save(out / config.title, run.ema, run.objective.schedule, run.card())
+    path = (out / config.title).with_name(f"{config.title}.safetensors")
+    if writes:
+        run.save(last)
+        run.objective.finish(run.ema)
+        run.show(out / f"{config.title}.png")
+        path = checkpoints.save(out / config.title, run.ema, run.objective.schedule, run.card())
+    share.leave()
+    return path

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fastdiff._state import history_slots
 from fastdiff.integrations.k_diffusion._noise import Source
 from fastdiff.integrations.k_diffusion._tables import Plan
 from fastdiff.ops._layout import memory_format
 from fastdiff.ops.reverse_step import reverse_step
-from fastdiff.sampler import _slots
 from fastdiff.table import StepTable
 
 # (step, the state that the model saw, the model's answer) -> what the callback is called with
@@ -119,7 +119,7 @@ def run(
     table = plan.drawn if source.sample is None else plan.given
     state = _State(x, keep=callback is not None)
     slots = {
-        "history": _slots(table.depth, state.x),
+        "history": history_slots(table.depth, state.x),
         "y": torch.empty_like(state.x) if table.anchored else None,
         "seeds": source.seeds,
     }
