@@ -166,8 +166,9 @@ def divergence(velocity: Velocity, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor
     """v and its divergence tr(dv/dx), one derivative for each of the D elements of a sample.
 
     Returns:
-        v of the shape of x, and `(N,)`. Differentiable.
+        v of the shape of x, and `(N,)`. Differentiable, except under `torch.no_grad`.
     """
+    keep = torch.is_grad_enabled()
     with torch.enable_grad():
         x = x if x.requires_grad else x.detach().requires_grad_()
         v = velocity(x, t)
@@ -176,7 +177,9 @@ def divergence(velocity: Velocity, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor
             return v, trace
         # samples do not mix, so the gradient of a sum over them is that of each
         for i in range(flat.shape[1]):
-            (row,) = torch.autograd.grad(flat[:, i].sum(), x, create_graph=True, allow_unused=True)
+            (row,) = torch.autograd.grad(
+                flat[:, i].sum(), x, retain_graph=True, create_graph=keep, allow_unused=True
+            )
             if row is not None:
                 trace = trace + row.flatten(1)[:, i]
     return v, trace
@@ -192,13 +195,17 @@ def hutchinson(velocity: Velocity, x: Tensor, t: Tensor, probe: Tensor) -> tuple
 
     Args:
         probe: the shape of x.
+
+    Returns:
+        As `divergence`.
     """
+    keep = torch.is_grad_enabled()
     with torch.enable_grad():
         x = x if x.requires_grad else x.detach().requires_grad_()
         v = velocity(x, t)
         if not v.requires_grad:  # it depends on the time alone
             return v, x.new_zeros(len(x))
-        (row,) = torch.autograd.grad((v * probe).sum(), x, create_graph=True, allow_unused=True)
+        (row,) = torch.autograd.grad((v * probe).sum(), x, create_graph=keep, allow_unused=True)
     return v, x.new_zeros(len(x)) if row is None else (row * probe).flatten(1).sum(1)
 
 
