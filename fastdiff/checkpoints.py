@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from fastdiff.formats import diffusers, guided_diffusion, hub
 from fastdiff.formats.files import read_weights
 from fastdiff.models import Autoencoder, AutoencoderConfig, DiT, DiTConfig, UNet, UNetConfig
 from fastdiff.models._keys import require_fit
+from fastdiff.reference.flow import RealNVP, RealNVPConfig
 from fastdiff.schedules import Schedule
 
 __all__ = [
@@ -32,12 +33,14 @@ __all__ = [
 
 ASSETS = Path(__file__).parent / "assets"
 
-# name in the card: the module and its config, both built from JSON alone
-ARCHITECTURES: dict[str, tuple[type[nn.Module], Any]] = {
+# name in the card: what makes the module of its config, and the config, built from JSON alone
+ARCHITECTURES: dict[str, tuple[Callable[[Any], nn.Module], Any]] = {
     "Autoencoder": (Autoencoder, AutoencoderConfig),
     "DiT": (DiT, DiTConfig),
+    "RealNVP": (lambda config: RealNVP(**config.to_config()), RealNVPConfig),
     "UNet": (UNet, UNetConfig),
 }
+_WITHOUT_SCHEDULE = ("Autoencoder", "RealNVP")
 
 
 def names() -> list[str]:
@@ -53,7 +56,8 @@ def save(
     Args:
         path: where to write, without suffix or with `.safetensors`.
         model: of a class in `ARCHITECTURES`; its `config` goes into the card.
-        schedule: the schedule it was trained on; goes into the card. None for an autoencoder.
+        schedule: the schedule it was trained on; goes into the card. None for an autoencoder
+            or a flow.
         card: everything else, JSON-able; "prediction" must be there beside a schedule.
 
     Returns:
@@ -66,7 +70,7 @@ def save(
     kind = type(model).__name__
     if kind not in ARCHITECTURES:
         raise ValueError(f"save: model must be one of {sorted(ARCHITECTURES)}, got {kind}")
-    if (schedule is None) != (kind == "Autoencoder"):
+    if (schedule is None) != (kind in _WITHOUT_SCHEDULE):
         rule = "be None" if schedule is not None else "be a Schedule"
         raise ValueError(f"save: schedule must {rule} for a model of class {kind}, got {schedule}")
     if schedule is not None and "prediction" not in card:
@@ -163,9 +167,9 @@ def load(
         variant: of a folder's weights, such as "fp16"; None: those without, or the only one.
 
     Returns:
-        The model in evaluation mode, the schedule (None for an autoencoder, and for a folder that
-        has no scheduler), and the card: a dict as `save` wrote it, or with "prediction", "classes",
-        "sampling" and "source" made from what was read.
+        The model in evaluation mode, the schedule (None for an autoencoder or a flow, and for a
+        folder that has no scheduler), and the card: a dict as `save` wrote it, or with
+        "prediction", "classes", "sampling" and "source" made from what was read.
 
     Raises:
         FileNotFoundError: the weights or the card are missing.

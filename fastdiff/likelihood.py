@@ -340,7 +340,9 @@ class DiffusionLikelihood:
         y = (x.double() / (first.alpha + first.sigma)).flatten(1)
         state = torch.cat([y, y.new_zeros(len(y), 1)], 1)
         start, end = (-p.sigma / (p.alpha + p.sigma) for p in (first, last))
-        solve = Dopri5(Progress(np.full(len(x), start), end, state), slope, rtol, atol, measure=_worst)
+        solve = Dopri5(
+            Progress(np.full(len(x), start), end, state), slope, rtol, atol, measure=_worst
+        )
         while len(samples := solve.active()):
             solve.attempt(samples)
         end_y, integral = solve.progress.x[:, :-1], solve.progress.x[:, -1]
