@@ -177,7 +177,9 @@ def _images(
 def _vae(args: argparse.Namespace, model: VAE, card: dict[str, Any]) -> dict[str, Any]:
     """ELBO and IWAE bound of test images."""
     images, _, facts = _images(args, card["sampling"]["shape"])
-    if model.likelihood == "bernoulli":
+    if hasattr(model, "observe"):  # a trained one says what its likelihood is of
+        images = model.observe(images, torch.Generator().manual_seed(args.seed))
+    elif model.likelihood == "bernoulli":
         images = (images + 1) / 2
     seeds = as_seeds(args.seed, len(images), where="eval")
     elbo, iwae = [], []
@@ -194,7 +196,7 @@ def _vae(args: argparse.Namespace, model: VAE, card: dict[str, Any]) -> dict[str
             iwae.append(math.log(args.samples) - weights.logsumexp(1))
             bar.update(len(x))
     dims = facts["dims"] if model.likelihood == "discretized_logistic" else {}
-    found = {
+    found: dict[str, Any] = {
         "kind": "vae",
         "data": facts["data"],
         "likelihood": model.likelihood,
@@ -221,9 +223,9 @@ def _flow(args: argparse.Namespace, model: RealNVP) -> dict[str, Any]:
             f"eval: data must be floating-point (N, {model.dim}), got {points.dtype} {points.shape}"
         )
     with torch.no_grad():
-        parts = torch.from_numpy(points).float().split(4096)
+        parts = torch.split(torch.from_numpy(points).float(), 4096)
         nats = -torch.cat([model.log_prob(part.to(args.device)).double().cpu() for part in parts])
-    found = {
+    found: dict[str, Any] = {
         "kind": "flow",
         "data": {"name": path.name, "images": len(points)},
         "negative_log_likelihood": summary(nats, {"dim": model.dim}),

@@ -40,12 +40,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff._adaptive_methods import Array, Dopri5, Progress, column, norms
+from fastdiff._adaptive_methods import Array, column
+from fastdiff._probability_flow import transport
 from fastdiff.ops import Stream, as_seeds, randn
 from fastdiff.reference import likelihood as terms
 from fastdiff.reference.diffusion import marginal
 from fastdiff.reference.distributions import normal_cdf, normal_log_pdf
-from fastdiff.reference.flow import divergence, hutchinson
 from fastdiff.schedules import Schedule
 from fastdiff.solvers import check_prediction
 from fastdiff.solvers._walk import Point, Walk
@@ -165,7 +165,9 @@ class DiffusionLikelihood:
         """
         x0, abars = x0.double(), self.alphabars.to(x0.device)
         x = marginal(x0, abars[t].view(-1, *[1] * (x0.dim() - 1)), noise.double())
-        points = [self._walk.at_time(float(time)) for time in t]
+        times = t.cpu().numpy()
+        scales = zip(times, self.schedule.alpha(times), self.schedule.sigma(times), strict=True)
+        points = [Point(*map(float, each)) for each in scales]
         with torch.no_grad():
             estimate, v = self._predict(x, points, cond or {})
             how = self.variance if v is None or self.variance != "auto" else v
@@ -206,13 +208,14 @@ class DiffusionLikelihood:
             weights = torch.ones(times.shape, dtype=torch.float64)
         else:
             p = probabilities.double().cpu()
-            if p.shape != (total - 1,) or not bool((p > 0).all()) or abs(float(p.sum()) - 1) > 1e-9:
+            if p.shape != (total - 1,) or not bool((p > 0).all()) or abs(float(p.sum()) - 1) > 1e-6:
                 raise ValueError(
                     f"likelihood: probabilities must be ({total - 1},), positive, of sum 1, got "
                     f"{tuple(p.shape)} of sum {float(p.sum())}"
                 )
             if draws < 2:
                 raise ValueError(f"likelihood: draws must be at least 2, got {draws}")
+            p = p / p.sum()
             offset = normal_cdf(randn(seeds, (1,), step=_TIMES, stream=Stream.FORWARD).double())
             places = (torch.arange(draws - 1) + offset) / (draws - 1)
             picked = torch.searchsorted(p.cumsum(0), places).clamp(max=total - 2)
@@ -310,45 +313,21 @@ class DiffusionLikelihood:
                 f"likelihood: rtol and atol must be above 0 and finite, got {rtol} and {atol}"
             )
         seeds = as_seeds(seeds, len(x), where="likelihood")
-        last, first = self._walk.points
         probe = torch.where(self._noise(seeds, x, _PROBE) < 0, -1.0, 1.0).double()
-        nfe = np.zeros(len(x), np.int64)
 
-        def slope(samples: Array, level: Array, state: Tensor) -> Tensor:
-            if not len(samples):
-                return state
-            nfe[samples] += 1
-            if progress is not None:
-                progress(len(samples))
-            index = torch.from_numpy(samples).to(state.device)
-            points = [self._point(-float(v)) for v in level]
+        def velocity(y: Tensor, levels: Array, index: Tensor) -> Tensor:
             given = {name: value[index] for name, value in (cond or {}).items()}
+            return self._velocity(y, [self._point(float(v)) for v in levels], given)
 
-            def velocity(y: Tensor, _: Tensor) -> Tensor:
-                return self._velocity(y, points, given)
-
-            y = state[:, :-1].view(-1, *x.shape[1:])
-            time = y.new_zeros(len(y))
-            with torch.no_grad():  # which tells them to keep no graph of the derivative
-                if exact:
-                    v, trace = divergence(velocity, y, time)
-                else:
-                    v, trace = hutchinson(velocity, y, time, probe[index])
-            # the integrator goes down in -s
-            return -torch.cat([v.detach().flatten(1), trace.detach()[:, None]], 1)
-
-        y = (x.double() / (first.alpha + first.sigma)).flatten(1)
-        state = torch.cat([y, y.new_zeros(len(y), 1)], 1)
-        start, end = (-p.sigma / (p.alpha + p.sigma) for p in (first, last))
-        solve = Dopri5(
-            Progress(np.full(len(x), start), end, state), slope, rtol, atol, measure=_worst
+        last, first = self._walk.points
+        ends = [p.sigma / (p.alpha + p.sigma) for p in (first, last)]
+        start = x.double() / (first.alpha + first.sigma)
+        y, integral, nfe = transport(
+            velocity, start, ends, None if exact else probe, rtol, atol, progress
         )
-        while len(samples := solve.active()):
-            solve.attempt(samples)
-        end_y, integral = solve.progress.x[:, :-1], solve.progress.x[:, -1]
         scale = last.alpha + last.sigma
-        log_p = normal_log_pdf(scale * end_y, 0.0, self.schedule.init_sigma).sum(1)
-        stretch = y.shape[1] * math.log(scale / (first.alpha + first.sigma))
+        log_p = normal_log_pdf(scale * y, 0.0, self.schedule.init_sigma).flatten(1).sum(1)
+        stretch = x[0].numel() * math.log(scale / (first.alpha + first.sigma))
         return log_p + integral + stretch, torch.from_numpy(nfe)
 
     # --- the network ---
@@ -390,9 +369,3 @@ class DiffusionLikelihood:
         x = y * column(alpha + sigma, y)
         x0, _ = self._predict(x, points, cond)
         return column(1 / sigma, x) * x - column((alpha + sigma) / sigma, x) * x0
-
-
-def _worst(scaled: Tensor) -> Array:
-    """The larger error, of the state or of the integral of its divergence."""
-    worst: Array = np.maximum(norms(scaled[:, :-1]), norms(scaled[:, -1:]))
-    return worst

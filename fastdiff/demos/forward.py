@@ -16,7 +16,7 @@ from fastdiff.sampler import Sampler
 from fastdiff.solvers._walk import Point, x0_conversion
 
 SHOWN = (0, 50, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999)
-LABEL, STRIDE = 9, 4  # a boot; every fourth time of the bound, in logarithmic steps at its start
+LABEL = 9  # a boot
 
 
 def draw(options: Options) -> Any:
@@ -46,8 +46,8 @@ def draw(options: Options) -> Any:
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.35))
     axes = top.subplots(2, len(SHOWN))
     for i, t in enumerate(SHOWN):
-        ratio = 20 * math.log10(float(alpha[i] / sigma[i]))
-        axes[0, i].set_title(f"t = {t}\n{ratio:.0f} dB", fontsize=9)
+        ratio = round(20 * math.log10(float(alpha[i] / sigma[i])))
+        axes[0, i].set_title(f"t = {t}\n{ratio} dB", fontsize=9)
         for axis, image in ((axes[0, i], x[i, 0] / 2), (axes[1, i], guess[i][0])):
             axis.imshow(image, cmap="gray", vmin=-1, vmax=1)
             axis.set(xticks=[], yticks=[])
@@ -66,15 +66,17 @@ def draw(options: Options) -> Any:
     other.plot(times, decibels, "--", color="C2", label="SNR (right)")
     other.set(ylabel="dB", ylim=(-60, 60))
     lines = left.get_lines() + other.get_lines()
-    left.legend(lines, [one.get_label() for one in lines], loc="center left")
+    left.legend(lines, [one.get_label() for one in lines], loc="lower center")
 
-    chosen = sorted({int(t) for t in torch.logspace(0, 3, 1 + 1000 // STRIDE) - 1})
-    chosen = chosen[:: 20 if options.quick else 1]
+    # as far from each other as the axis shows
+    chosen = sorted(
+        {round(float(t)) - 1 for t in torch.logspace(0, 3, 13 if options.quick else 251)}
+    )
     scored = DiffusionLikelihood(
         model, schedule, prediction=card["prediction"], clip=how["clip"]
     )  # fmt: skip
     parts = []
-    for part in torch.tensor(chosen).split(64):
+    for part in torch.split(torch.tensor(chosen), 64):
         seeds = list(range(options.seed, options.seed + len(part)))
         noise = randn(seeds, how["shape"], step=int(part[0]), stream=Stream.FORWARD)
         same = x0.expand(len(part), -1, -1, -1)

@@ -12,8 +12,8 @@ from fastdiff.demos import Options
 from fastdiff.demos._mixture import MIXTURE, density, path
 from fastdiff.reference import gmm
 
-POINTS, STEPS, PATHS = 600, 10, 10
-SOLVERS = ("ddim", "heun", "dpmpp_2m", "ddpm")
+POINTS, STEPS, PATHS = 600, 16, 10
+SOLVERS = ("ddim", "heun", "dpmpp_2m", "dpmpp_2m_sde")
 
 
 def draw(options: Options) -> Any:
@@ -56,7 +56,7 @@ def draw(options: Options) -> Any:
             axis.plot(*states[:, i].T, "-", color="C0", lw=0.9, alpha=0.8)
         axis.plot(*states[0].T, "o", color="C1", ms=4, label="noise")
         axis.plot(*states[-1].T, "o", color="C3", ms=4, label="sample")
-        noisy = ", with noise" if name == "ddpm" else ""
+        noisy = ", with noise" if name == "dpmpp_2m_sde" else ""
         axis.set_title(f"{name}, {STEPS} steps{noisy}", fontsize=10)
     axis.legend(fontsize=8, loc="upper right")
     bottom.suptitle("the same noise taken to samples of the fitted mixture", fontsize=11)

@@ -13,9 +13,9 @@ from fastdiff.demos import Options
 from fastdiff.reference.vae import VAE, Decoder, Encoder
 
 HIDDEN, STEPS, BATCH, RATE = 256, 3000, 128, 2e-3
-SIDE, REACH = 15, 2.2  # of the grid of decoded latents
+SIDE, REACH = 17, 3.0  # of the grid of decoded latents
 BETWEEN = 9  # images of an interpolation, its ends included
-PAIRS = ((9, 7), (7, 5), (8, 0), (1, 3), (2, 4))  # classes of the ends
+PAIRS = ((9, 7), (7, 5), (8, 0), (1, 3), (2, 4), (6, 9))  # classes of the ends
 SHOWN = 2500
 
 
@@ -52,19 +52,19 @@ def draw(options: Options) -> Any:
     model, losses = fit(options)
     images, labels = data.fashion_mnist("test", options.data, 28)
     images = (images + 1) / 2
-    elbo = torch.cat([model.elbo(part, options.seed) for part in images[:SHOWN].split(500)])
+    elbo = torch.cat([model.elbo(part, options.seed) for part in torch.split(images[:SHOWN], 500)])
     codes = model.encoder(images[:SHOWN])[0]
 
-    figure = plt.figure(figsize=(13, 8), layout="constrained")
-    left, middle = figure.add_gridspec(2, 2, height_ratios=(1.25, 1))[0, :]
-    axis = figure.add_subplot(left)
+    figure = plt.figure(figsize=(13, 7.6), layout="constrained")
+    places = figure.add_gridspec(2, 2, height_ratios=(2.1, 1))
+    axis = figure.add_subplot(places[0, 0])
     for k, name in enumerate(data.LABELS):
         axis.scatter(*codes[labels[:SHOWN] == k].T, s=5, lw=0, color=f"C{k}", label=name)
     axis.legend(fontsize=7, markerscale=2.5, loc="center left", bbox_to_anchor=(1, 0.5))
     axis.set(title=f"means of q(z|x) of {SHOWN} test images", xlabel="$z_1$", ylabel="$z_2$")
     axis.set(xlim=(-4, 4), ylim=(-4, 4), aspect="equal")
 
-    axis = figure.add_subplot(middle)
+    axis = figure.add_subplot(places[0, 1])
     line = torch.linspace(-REACH, REACH, SIDE)
     plane = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).view(-1, 2)
     tiles = _tiles(model.decode(plane), SIDE, upwards=True)
@@ -72,7 +72,7 @@ def draw(options: Options) -> Any:
     axis.imshow(tiles, cmap="gray", vmin=0, vmax=1, extent=(-edge, edge, -edge, edge))
     axis.set(title="means of p(x|z) over the latent plane", xlabel="$z_1$", ylabel="$z_2$")
 
-    lower = figure.add_subplot(figure.axes[0].get_gridspec()[1, :])
+    lower = figure.add_subplot(places[1, :])
     share = torch.linspace(0, 1, BETWEEN)[:, None]
     rows = []
     for first, last in PAIRS:
@@ -80,12 +80,10 @@ def draw(options: Options) -> Any:
         ends, _ = model.encoder(images[[one, other]])
         between = model.decode((1 - share) * ends[0] + share * ends[1])
         rows.append(torch.cat([images[one][None], between, images[other][None]]))
-    pairs = torch.cat(rows)
-    half = len(PAIRS) // 2 + 1  # two columns of pairs, the second one row shorter
-    wide = torch.zeros(2 * half * (BETWEEN + 2), *pairs.shape[1:])
-    wide[: len(pairs)] = pairs
-    columns = wide.view(2, half, BETWEEN + 2, *pairs.shape[1:]).transpose(0, 1).flatten(0, 2)
-    lower.imshow(_tiles(columns, 2 * (BETWEEN + 2)), cmap="gray", vmin=0, vmax=1)
+    half = len(PAIRS) // 2
+    gap = torch.zeros(half * images.shape[-2], images.shape[-1])
+    columns = [_tiles(torch.cat(part), BETWEEN + 2) for part in (rows[:half], rows[half:])]
+    lower.imshow(torch.cat([columns[0], gap, columns[1]], 1), cmap="gray", vmin=0, vmax=1)
     lower.set_axis_off()
     lower.set_title(
         "interpolations of codes, a test image at either end of a row; "
