@@ -177,8 +177,9 @@ def _images(
 def _vae(args: argparse.Namespace, model: VAE, card: dict[str, Any]) -> dict[str, Any]:
     """ELBO and IWAE bound of test images."""
     images, _, facts = _images(args, card["sampling"]["shape"])
-    if hasattr(model, "observe"):  # a trained one says what its likelihood is of
-        images = model.observe(images, torch.Generator().manual_seed(args.seed))
+    observe = getattr(model, "observe", None)  # of models that say what their likelihood is of
+    if observe is not None:
+        images = observe(images, torch.Generator().manual_seed(args.seed))
     elif model.likelihood == "bernoulli":
         images = (images + 1) / 2
     seeds = as_seeds(args.seed, len(images), where="eval")
