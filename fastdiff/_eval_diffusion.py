@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -216,14 +217,14 @@ def plot(row: Mapping[str, Any], path: Path) -> None:
     """
     plt = pyplot("eval")
     vlb = row["vlb"]
-    terms = torch.tensor(vlb["terms"], dtype=torch.float64)
-    times = torch.arange(len(terms)) + 1  # t = 0 has a place on a logarithmic axis
+    terms = np.array(vlb["terms"])
+    times = np.arange(len(terms)) + 1  # t = 0 has a place on a logarithmic axis
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    left.loglog(times[1:], terms[1:].clamp(min=1e-12), lw=1, color="C0", label="$L_{t-1}$")
+    left.loglog(times[1:], np.maximum(terms[1:], 1e-12), lw=1, color="C0", label="$L_{t-1}$")
     left.loglog(times[:1], terms[:1], "o", ms=5, color="C3", label="$L_0$, the decoder")
     left.set(xlabel="t + 1", ylabel="bits / dim", title="terms of the bound, the mean over images")
     left.legend()
-    whole = terms.cumsum(0)
+    whole = terms.cumsum()
     right.semilogx(times, whole, color="C0", label="$L_0 + ... + L_t$")
     right.axhline(vlb["bits_per_dim"], color="C0", ls="--", lw=1, label="$L_{VLB}$")
     for k, (start, value) in enumerate(row.get("ode", {}).items()):

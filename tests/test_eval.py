@@ -7,6 +7,7 @@ import json
 import math
 import struct
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ def folder(tmp_path):
 def small(tmp_path):
     """An untrained class-conditional checkpoint of few times, on 28x28."""
     torch.manual_seed(0)
-    config = UNetConfig(image_size=28, channels=(8,), num_classes=3, embed_dim=16, groups=4)
+    config = UNetConfig(image_size=28, channels=(8, 8), num_classes=3, embed_dim=16, head_dim=8)
     card = {
         "prediction": "v_prediction",
         "classes": ["a", "b", "c"],
@@ -64,7 +65,7 @@ def row_of(folder, name="small"):
 
 def test_a_diffusion_model(small, folder, tmp_path, capsys):
     words = [small, "--data", folder, "--images", 6, "--ode-images", 4, "--batch", 4]
-    words += ["--pilot", 2, "--draws", 5, "--rtol", 1e-3, "--check", 2, "--out", tmp_path]
+    words += ["--pilot", 2, "--draws", 5, "--rtol", 1e-2, "--check", 2, "--out", tmp_path]
     assert run(*words, "--start", "decoder", "uniform") == 0
     row = row_of(tmp_path)
     assert {"command", "machine", "sha256", "seconds", "data", "clip", "labels"} <= set(row)
@@ -82,7 +83,7 @@ def test_a_diffusion_model(small, folder, tmp_path, capsys):
     vlb = row["vlb"]
     assert (vlb["images"], vlb["images_at_every_time"], vlb["draws_of_the_others"]) == (6, 2, 5)
     assert len(vlb["terms"]) == 20
-    flow = scored.flow(images[:4], 0, {"label": labels[:4]}, rtol=1e-3, atol=1e-3).nats
+    flow = scored.flow(images[:4], 0, {"label": labels[:4]}, rtol=1e-2, atol=1e-2).nats
     ode = row["ode"]["decoder"]
     # sums over pixels of float32, in batches of another size
     assert abs(ode["nats"] / float(flow.mean()) - 1) <= 1e-4
@@ -90,7 +91,7 @@ def test_a_diffusion_model(small, folder, tmp_path, capsys):
     error = float(flow.std()) / 2
     assert abs(ode["nats_standard_error"] / error - 1) <= 1e-2
     assert ode["error_control"]["images"] == 2
-    assert 0 <= ode["error_control"]["largest_change_nats"] < 0.01 * ode["nats"]
+    assert 0 <= ode["error_control"]["largest_change_nats"] < 0.05 * ode["nats"]
     assert row["ode"]["uniform"]["images"] == row["vlb_minus_ode"]["images"] == 4
     parts = vlb["bits_per_dim_of"]
     assert abs(sum(parts.values()) - vlb["bits_per_dim"]) <= 1e-9
@@ -208,6 +209,23 @@ def test_a_flow_that_was_saved(tmp_path, capsys):
     entropy = 1 + math.log(2 * math.pi)
     assert row["nats"] > entropy - 5 * row["nats_standard_error"]
     assert "nats a point" in capsys.readouterr().out
+
+
+def test_the_shipped_model_is_scored_and_its_bound_lies_above_its_ode():
+    """benchmarks/results holds figures of the weights that are shipped."""
+    results = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+    row = row_of(results, "fashion")
+    card = json.loads((checkpoints.ASSETS / "fashion.json").read_text())
+    assert row["sha256"] == card["sha256"] and row["dims"] == {"dim": 1024, "pixel": 784}
+    vlb, ode, gap = row["vlb"], row["ode"], row["vlb_minus_ode"]
+    # bounds of the entropy of levels, which is at most that of an even choice
+    assert 0 < ode["decoder"]["bits_per_pixel"] < vlb["bits_per_pixel"] < 8
+    # what the bounds demand of an exact score, on the same images and draws
+    assert gap["nats"] > 5 * gap["nats_standard_error"] > 0
+    for start in ("decoder", "uniform"):
+        moved = ode[start]["error_control"]["largest_change_nats"]
+        assert moved < ode[start]["nats_standard_error"]
+    assert (results / "eval_fashion.png").is_file()
 
 
 def test_without_matplotlib_the_figures_are_written(small, folder, tmp_path, monkeypatch, capsys):

@@ -48,7 +48,7 @@ def density(axis: Any, mixture: GaussianMixture, reach: float = 3.2) -> None:
     line = torch.linspace(-reach, reach, 160, dtype=F64)
     grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1)
     value = mixture.log_prob(grid).exp().sqrt()  # the root shows the tails too
-    axis.contourf(line, line, value, levels=12, cmap="Greys", alpha=0.6)
+    axis.contourf(line.numpy(), line.numpy(), value.numpy(), levels=12, cmap="Greys", alpha=0.6)
     axis.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
     axis.set_xticks([-2, 0, 2])
     axis.set_yticks([-2, 0, 2])

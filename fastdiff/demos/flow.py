@@ -65,17 +65,19 @@ def draw(options: Options) -> Any:
     figure, axes = plt.subplots(2, 2, figsize=(11, 7.6), layout="constrained")
     shown = {"xlim": (-2.1, 2.1), "ylim": (-1.35, 1.35), "aspect": "equal"}
     data_axis, sample_axis, density_axis, grid_axis = axes.flat
-    data_axis.scatter(*points[:1500].T, s=4, lw=0, color="C0")
+    data_axis.scatter(*points[:1500].numpy().T, s=4, lw=0, color="C0")
     data_axis.set(title="data: two moons", **shown)
 
     seeds = list(range(options.seed, options.seed + 1500))
-    sample_axis.scatter(*model.sample(seeds).T, s=4, lw=0, color="C1")
+    sample_axis.scatter(*model.sample(seeds).numpy().T, s=4, lw=0, color="C1")
     sample_axis.set(title="samples: noise through the inverse", **shown)
 
     line, column = torch.linspace(-2.1, 2.1, 280), torch.linspace(-1.35, 1.35, 180)
     plane = torch.stack(torch.meshgrid(line, column, indexing="xy"), -1)
     value = model.log_prob(plane.view(-1, 2)).view(plane.shape[:2]).exp()
-    drawn = density_axis.pcolormesh(line, column, value, cmap="viridis", shading="auto")
+    drawn = density_axis.pcolormesh(
+        line.numpy(), column.numpy(), value.numpy(), cmap="viridis", shading="auto"
+    )
     figure.colorbar(drawn, ax=density_axis, label="p(x)", shrink=0.85)
     mean, error = float(nats.mean()), float(nats.std()) / math.sqrt(len(nats))
     density_axis.set(
@@ -87,8 +89,8 @@ def draw(options: Options) -> Any:
         still = torch.full_like(fine, float(place))
         across = model.inverse(torch.stack([fine, still], 1))
         along = model.inverse(torch.stack([still, fine], 1))
-        grid_axis.plot(*across.T, lw=0.7, color="C2")
-        grid_axis.plot(*along.T, lw=0.7, color="C4")
+        grid_axis.plot(*across.numpy().T, lw=0.7, color="C2")
+        grid_axis.plot(*along.numpy().T, lw=0.7, color="C4")
     grid_axis.set(title="a square grid of latents $z$, seen in $x$", **shown)
     for axis in axes.flat:
         axis.set(xlabel="$x_1$", ylabel="$x_2$")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastdiff import checkpoints, solvers
@@ -49,20 +50,20 @@ def draw(options: Options) -> Any:
         ratio = round(20 * math.log10(float(alpha[i] / sigma[i])))
         axes[0, i].set_title(f"t = {t}\n{ratio} dB", fontsize=9)
         for axis, image in ((axes[0, i], x[i, 0] / 2), (axes[1, i], guess[i][0])):
-            axis.imshow(image, cmap="gray", vmin=-1, vmax=1)
+            axis.imshow(image.numpy(), cmap="gray", vmin=-1, vmax=1)
             axis.set(xticks=[], yticks=[])
     axes[0, 0].set_ylabel("$x_t$, at half\ncontrast", fontsize=9)
     axes[1, 0].set_ylabel("$x_0$ as\npredicted", fontsize=9)
     top.suptitle("an image noised to time t, its signal-to-noise ratio, and the model's guess")
 
     left, right = bottom.subplots(1, 2)
-    times = torch.arange(int(schedule.t_max) + 1).numpy()
+    times = np.arange(int(schedule.t_max) + 1)
     left.plot(times, schedule.alpha(times), label="signal $\\alpha$")
     left.plot(times, schedule.sigma(times), label="noise $\\sigma$")
     left.set(xlabel="t", ylabel="scale", title=f"schedule: {schedule.name}")
     left.grid(alpha=0.3)
     other = left.twinx()
-    decibels = -20 * torch.from_numpy(schedule.ratio(times)).log10()
+    decibels = -20 * np.log10(schedule.ratio(times))
     other.plot(times, decibels, "--", color="C2", label="SNR (right)")
     other.set(ylabel="dB", ylim=(-60, 60))
     lines = left.get_lines() + other.get_lines()
@@ -81,8 +82,8 @@ def draw(options: Options) -> Any:
         noise = randn(seeds, how["shape"], step=int(part[0]), stream=Stream.FORWARD)
         same = x0.expand(len(part), -1, -1, -1)
         parts.append(scored.term(same, part, noise, {"label": label.expand(len(part))}))
-    bits = torch.cat(parts) / (x0.numel() * math.log(2))
-    places = torch.tensor(chosen) + 1
+    bits = torch.cat(parts).numpy() / (x0.numel() * math.log(2))
+    places = np.array(chosen) + 1
     right.loglog(places[1:], bits[1:], ".-", ms=3, lw=0.8, label="$L_{t-1}$, one draw each")
     right.loglog(places[:1], bits[:1], "o", color="C3", label="$L_0$, the decoder")
     right.set(xlabel="t + 1", ylabel="bits / dim", title="terms of the image's variational bound")

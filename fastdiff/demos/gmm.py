@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastdiff._plot import pyplot
@@ -21,23 +22,24 @@ def draw(options: Options) -> Any:
     plt = pyplot("demo")
     generator = torch.Generator().manual_seed(options.seed)
     x = MIXTURE.sample(POINTS, generator)
-    fitted, bounds = gmm.fit(x, len(MIXTURE.weights), steps=30, generator=generator)
+    fitted, climb = gmm.fit(x, len(MIXTURE.weights), steps=30, generator=generator)
     figure = plt.figure(figsize=(12, 7.4), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.1, 1))
     left, right = top.subplots(1, 2, width_ratios=(1, 1.4))
 
     owner = fitted.responsibilities(x).argmax(1)
-    left.scatter(*x.T, c=[f"C{int(k)}" for k in owner], s=5, alpha=0.6, lw=0)
+    left.scatter(*x.numpy().T, c=[f"C{int(k)}" for k in owner], s=5, alpha=0.6, lw=0)
     angle = torch.linspace(0, 2 * math.pi, 100, dtype=x.dtype)
     circle = torch.stack([angle.cos(), angle.sin()])
     for k, (mean, covariance) in enumerate(zip(fitted.means, fitted.covariances, strict=True)):
         ellipse = mean[:, None] + 2 * torch.linalg.cholesky(covariance) @ circle
-        left.plot(*ellipse, color=f"C{k}", lw=1.5)
-        left.plot(*mean, "+", color="k", ms=8)
+        left.plot(*ellipse.numpy(), color=f"C{k}", lw=1.5)
+        left.plot(*mean.numpy(), "+", color="k", ms=8)
     left.set(title=f"EM on {POINTS} points: ellipses of 2 deviations", aspect="equal")
     left.set(xlabel="$x_1$", ylabel="$x_2$")
 
-    half = torch.arange(1, len(bounds) + 1) / 2
+    bounds = climb.numpy()
+    half = np.arange(1, len(bounds) + 1) / 2
     right.plot(half, bounds, "-", color="0.7", lw=1)
     right.plot(half[::2], bounds[::2], "o", ms=3, label="after an E step: the log-likelihood")
     right.plot(half[1::2], bounds[1::2], "s", ms=3, label="after an M step")
@@ -51,7 +53,7 @@ def draw(options: Options) -> Any:
     seeds = list(range(options.seed, options.seed + PATHS))
     for axis, name in zip(bottom.subplots(1, len(SOLVERS)), SOLVERS, strict=True):
         density(axis, fitted)
-        states = path(fitted, name, STEPS, seeds)
+        states = path(fitted, name, STEPS, seeds).numpy()
         for i in range(PATHS):
             axis.plot(*states[:, i].T, "-", color="C0", lw=0.9, alpha=0.8)
         axis.plot(*states[0].T, "o", color="C1", ms=4, label="noise")

@@ -49,10 +49,10 @@ def draw(options: Options) -> Any:
     errors.grid(alpha=0.3)
     errors.legend(ncols=2)
 
-    true = torch.stack([*curves, exact[:PATHS]])
+    true = torch.stack([*curves, exact[:PATHS]]).numpy()
     for axis, name in zip(bottom.subplots(1, len(SHOWN)), SHOWN, strict=True):
         density(axis, MIXTURE)
-        states = path(MIXTURE, name, FEW, seeds[:PATHS])
+        states = path(MIXTURE, name, FEW, seeds[:PATHS]).numpy()
         for i in range(PATHS):
             first = i == 0
             axis.plot(*true[:, i].T, "-", color="k", lw=0.9, label="exact" if first else None)

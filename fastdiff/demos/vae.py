@@ -59,7 +59,7 @@ def draw(options: Options) -> Any:
     places = figure.add_gridspec(2, 2, height_ratios=(2.1, 1))
     axis = figure.add_subplot(places[0, 0])
     for k, name in enumerate(data.LABELS):
-        axis.scatter(*codes[labels[:SHOWN] == k].T, s=5, lw=0, color=f"C{k}", label=name)
+        axis.scatter(*codes[labels[:SHOWN] == k].numpy().T, s=5, lw=0, color=f"C{k}", label=name)
     axis.legend(fontsize=7, markerscale=2.5, loc="center left", bbox_to_anchor=(1, 0.5))
     axis.set(title=f"means of q(z|x) of {SHOWN} test images", xlabel="$z_1$", ylabel="$z_2$")
     axis.set(xlim=(-4, 4), ylim=(-4, 4), aspect="equal")
@@ -67,7 +67,7 @@ def draw(options: Options) -> Any:
     axis = figure.add_subplot(places[0, 1])
     line = torch.linspace(-REACH, REACH, SIDE)
     plane = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).view(-1, 2)
-    tiles = _tiles(model.decode(plane), SIDE, upwards=True)
+    tiles = _tiles(model.decode(plane), SIDE, upwards=True).numpy()
     edge = REACH * SIDE / (SIDE - 1)
     axis.imshow(tiles, cmap="gray", vmin=0, vmax=1, extent=(-edge, edge, -edge, edge))
     axis.set(title="means of p(x|z) over the latent plane", xlabel="$z_1$", ylabel="$z_2$")
@@ -83,7 +83,7 @@ def draw(options: Options) -> Any:
     half = len(PAIRS) // 2
     gap = torch.zeros(half * images.shape[-2], images.shape[-1])
     columns = [_tiles(torch.cat(part), BETWEEN + 2) for part in (rows[:half], rows[half:])]
-    lower.imshow(torch.cat([columns[0], gap, columns[1]], 1), cmap="gray", vmin=0, vmax=1)
+    lower.imshow(torch.cat([columns[0], gap, columns[1]], 1).numpy(), cmap="gray", vmin=0, vmax=1)
     lower.set_axis_off()
     lower.set_title(
         "interpolations of codes, a test image at either end of a row; "
