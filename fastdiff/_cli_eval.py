@@ -166,8 +166,8 @@ def _images(
             "split": "test",
             "images": args.images,
             "levels": 256,
-            "note": "dim: the elements that the model sees; pixel: the 28x28 of the image, of "
-            "whose bits the former count those of the padding too",
+            "note": "per dim: of all elements that the model sees; per pixel: the same bits, those "
+            "of the padding too, over the 28x28 pixels of the image, whose own are no more",
         },
         "dims": {"dim": height * width, "pixel": 28 * 28},
     }

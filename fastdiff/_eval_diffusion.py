@@ -124,9 +124,12 @@ class _Job:
         prior = torch.cat([found.prior for found in parts]).mean()
         bits = self.dims["dim"] * math.log(2)
         mean = sums / counts
+        variance = args.variance
+        if variance == "auto":
+            variance = "learned" if self.scored.learned else "small"
         facts = {
             **summary(total, self.dims),
-            "variance": self.scored.variance,
+            "variance": variance,
             "images_at_every_time": full,
             "draws_of_the_others": args.draws if rest else None,
             "bits_per_dim_of": {

@@ -103,7 +103,7 @@ class DiffusionLikelihood:
         prediction: epsilon, sample, v_prediction, flow or edm.
         clip: bound of the predicted data, None for none. It is a part of the model, chain and ODE.
         variance: of the reverse steps: "small", "large", or "auto": learned where the network has
-            one, else small.
+            one (`learned` then says so), else small.
         bins: levels of a pixel on [-1, 1]; None for data that are real numbers.
 
     Raises:
@@ -133,6 +133,7 @@ class DiffusionLikelihood:
         check_prediction(prediction, schedule, noisiest, float(grid.alphas[0]), "likelihood")
         self.model, self.schedule, self.prediction = model, schedule, prediction
         self.clip, self.variance, self.bins = clip, variance, bins
+        self.learned = False  # until the network is seen to give a variance
         self._walk = Walk(schedule, grid, prediction)
         abar = schedule.alphas_cumprod
         self._abars = None if abar is None else torch.tensor(abar)
@@ -358,6 +359,7 @@ class DiffusionLikelihood:
         m, v = self.model(given.to(kind), t, **cond).to(x.dtype), None
         if m.shape != x.shape and m.shape[1] == 2 * x.shape[1]:
             m, v = m.chunk(2, dim=1)
+            self.learned = True
         p, q = np.array([self._walk.conversion(point) for point in points]).T
         x0 = column(p, x) * x + column(q, x) * m
         return x0 if self.clip is None else x0.clamp(-self.clip, self.clip), v

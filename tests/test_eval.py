@@ -82,7 +82,7 @@ def test_a_diffusion_model(small, folder, tmp_path, capsys):
     assert full.terms.shape == (2, 20)
     vlb = row["vlb"]
     assert (vlb["images"], vlb["images_at_every_time"], vlb["draws_of_the_others"]) == (6, 2, 5)
-    assert len(vlb["terms"]) == 20
+    assert len(vlb["terms"]) == 20 and vlb["variance"] == "small"
     flow = scored.flow(images[:4], 0, {"label": labels[:4]}, rtol=1e-2, atol=1e-2).nats
     ode = row["ode"]["decoder"]
     # sums over pixels of float32, in batches of another size

@@ -95,6 +95,7 @@ def test_bound_of_the_true_posterior_with_a_learned_variance_is_the_likelihood()
         want = -float(data.log_prob(torch.tensor([value], dtype=F64)))
         assert abs(expected(scored, value) - want) <= 1e-12 / (1 - float(abars[0]))
         assert abs(expected(other, value) - want) > 1e-3
+    assert scored.learned and not GOOD.learned
 
 
 def test_every_time_and_drawn_times_have_one_expectation(monkeypatch):
