@@ -189,6 +189,28 @@ def test_iwae_is_no_looser_than_the_elbo_and_bits_are_those_of_levels(
     assert abs(elbo["bits_per_dim"] * 784 * math.log(2) / elbo["nats"] - 1) <= 1e-9
 
 
+def test_a_vae_is_given_what_it_observes(folder, tmp_path, monkeypatch):
+    """Grey levels as probabilities, or binarized by a model that says so, by the seed."""
+
+    class Binary(VAE):
+        def observe(self, images, generator):
+            return torch.bernoulli((images + 1) / 2, generator=generator)
+
+    w = torch.randn(784, 2, generator=torch.Generator().manual_seed(1)) / 28
+    parts = LinearEncoder(w, 0.5), LinearDecoder(w), "bernoulli"
+    card = {"sampling": {"shape": [1, 28, 28]}}
+    images = (data.fashion_mnist("test", folder, 28)[0][:4] + 1) / 2
+    drawn = torch.bernoulli(images, generator=torch.Generator().manual_seed(3))
+    for model, x in ((VAE(*parts), images), (Binary(*parts), drawn)):
+        monkeypatch.setattr(checkpoints, "load", lambda *_, m=model, **__: (m, None, card))
+        words = ["v", "--data", folder, "--images", 4, "--samples", 1, "--seed", 3]
+        assert run(*words, "--out", tmp_path) == 0
+        with torch.no_grad():
+            want = -float(model.elbo(x, 3).double().mean())
+        # sums of 784 logarithms in float32
+        assert abs(row_of(tmp_path, "v")["negative_elbo"]["nats"] / want - 1) <= 1e-4
+
+
 def test_a_flow_that_was_saved(tmp_path, capsys):
     torch.manual_seed(0)
     flow = RealNVP(2, 4, 8)
