@@ -90,10 +90,20 @@ class Dopri5:
     """Order 5 with an error of order 4; level s falls from its start to `end`.
 
     Step control as Hairer, Norsett and Wanner 1993, II.4, with the constants of torchdiffeq.
+    `measure` is the size of errors in units of their tolerance, (n, *S) to (n,).
     """
 
-    def __init__(self, progress: Progress, slope: Slope, rtol: float, atol: float) -> None:
+    def __init__(
+        self,
+        progress: Progress,
+        slope: Slope,
+        rtol: float,
+        atol: float,
+        *,
+        measure: Callable[[Tensor], Array] = norms,
+    ) -> None:
         self.progress, self._slope, self._rtol, self._atol = progress, slope, rtol, atol
+        self._measure = measure
         everyone = np.arange(len(progress.level))
         self._k1 = slope(everyone, progress.level, progress.x)
         self._h = self._first_step(everyone)
@@ -105,11 +115,11 @@ class Dopri5:
         """Hairer, Norsett and Wanner 1993, II.4, algorithm on page 169: one evaluation."""
         x, k1 = self.progress.x, self._k1
         scale = self._atol + self._rtol * x.abs()
-        d0, d1 = norms(x / scale), norms(k1 / scale)
+        d0, d1 = self._measure(x / scale), self._measure(k1 / scale)
         h0 = np.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / np.maximum(d1, 1e-300))
         h0 = np.minimum(np.nan_to_num(h0, nan=1e-6), self.progress.level - self.progress.end)
         k2 = self._slope(samples, self.progress.level - h0, x - column(h0, x) * k1)
-        d2 = norms((k2 - k1) / scale) / h0
+        d2 = self._measure((k2 - k1) / scale) / h0
         most = np.maximum(d1, d2)
         h1 = np.where(
             most <= 1e-15, np.maximum(1e-6, h0 * 1e-3), (0.01 / np.maximum(most, 1e-300)) ** 0.2
@@ -132,7 +142,7 @@ class Dopri5:
             k.append(self._slope(samples, then, new))
         error = step * _combine(_ERROR, k)
         scale = self._atol + self._rtol * torch.maximum(x.abs(), new.abs())
-        ratio = norms(error / scale)
+        ratio = self._measure(error / scale)
         ok = ratio <= 1
         with np.errstate(divide="ignore"):
             factor = _SAFETY * ratio**-0.2

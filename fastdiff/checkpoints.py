@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +34,7 @@ from fastdiff.models import (
     VAEConfig,
 )
 from fastdiff.models._keys import require_fit
+from fastdiff.reference.flow import RealNVP, RealNVPConfig
 from fastdiff.schedules import Schedule
 
 __all__ = [
@@ -43,16 +44,17 @@ __all__ = [
 
 ASSETS = Path(__file__).parent / "assets"
 
-# name in the card: the module and its config, both built from JSON alone
-ARCHITECTURES: dict[str, tuple[type[nn.Module], Any]] = {
+# name in the card: what makes the module of its config, and the config, built from JSON alone
+ARCHITECTURES: dict[str, tuple[Callable[[Any], nn.Module], Any]] = {
     "Autoencoder": (Autoencoder, AutoencoderConfig),
     "DiT": (DiT, DiTConfig),
     "LatentDiffusion": (LatentDiffusion, LatentDiffusionConfig),
+    "RealNVP": (lambda config: RealNVP(**config.to_config()), RealNVPConfig),
     "UNet": (UNet, UNetConfig),
     "VAE": (VAE, VAEConfig),
 }
 # what no noise is added to
-_WITHOUT_SCHEDULE = ("Autoencoder", "VAE")
+_WITHOUT_SCHEDULE = ("Autoencoder", "RealNVP", "VAE")
 
 
 def names() -> list[str]:
@@ -68,8 +70,8 @@ def save(
     Args:
         path: where to write, without suffix or with `.safetensors`.
         model: of a class in `ARCHITECTURES`; its `config` goes into the card.
-        schedule: the schedule it was trained on; goes into the card. None for an autoencoder
-            or a VAE.
+        schedule: the schedule it was trained on; goes into the card. None for an autoencoder,
+            a VAE or a flow.
         card: everything else, JSON-able; "prediction" must be there beside a schedule.
 
     Returns:
@@ -179,7 +181,7 @@ def load(
         variant: of a folder's weights, such as "fp16"; None: those without, or the only one.
 
     Returns:
-        The model in evaluation mode, the schedule (None for an autoencoder or a VAE, and for a
+        The model in evaluation mode, the schedule (None for an autoencoder, VAE or flow, and for a
         folder that has no scheduler), and the card: a dict as `save` wrote it, or with
         "prediction", "classes", "sampling" and "source" made from what was read.
 

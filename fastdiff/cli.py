@@ -1,4 +1,4 @@
-"""The command line: ``fastdiff sample``, ``solvers``, ``doctor`` and ``train``."""
+"""The command line: ``fastdiff sample``, ``eval``, ``demo``, ``solvers``, ``doctor``, ``train``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from fastdiff import _cli_sample, backends, checkpoints, schedules, solvers
+from fastdiff import _cli_eval, _cli_sample, backends, checkpoints, demos, schedules, solvers
 from fastdiff.ops import _native
 from fastdiff.table import StepTable
 from fastdiff.version import __version__
@@ -70,6 +70,8 @@ def _parser() -> argparse.ArgumentParser:
 
     sample = commands.add_parser("sample", help="write samples, as one picture or a file a seed")
     _cli_sample.add_arguments(sample)
+    _cli_eval.add_arguments(commands.add_parser("eval", help="likelihood of a checkpoint"))
+    demos.add_arguments(commands.add_parser("demo", help="draw a picture that explains"))
     commands.add_parser("solvers", help="list the solvers").set_defaults(run=list_solvers)
     commands.add_parser("doctor", help="what this machine can run").set_defaults(run=doctor)
     commands.add_parser("train", help="train a model", add_help=False)
@@ -95,11 +97,12 @@ def _main(words: list[str]) -> int:
 
         return training.main(words[1:])
     args = _parser().parse_args(words)
+    args.words = words
     try:
         return int(args.run(args))
     except BrokenPipeError:
         raise
-    except (ValueError, TypeError, OSError, backends.BackendError) as error:
+    except (ValueError, TypeError, OSError, ImportError, backends.BackendError) as error:
         print(f"fastdiff: error: {error}", file=sys.stderr)
         return 2
 

@@ -21,7 +21,8 @@ reversed; papers on flow matching count the other way round.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import torch
@@ -32,8 +33,8 @@ from fastdiff.reference.diffusion import to_prediction
 from fastdiff.reference.distributions import normal_log_pdf
 
 __all__ = [
-    "AffineCoupling", "ContinuousFlow", "RealNVP", "change_of_variables", "divergence",
-    "flow_matching_loss", "gaussian_velocity", "hutchinson", "standard_normal",
+    "AffineCoupling", "ContinuousFlow", "RealNVP", "RealNVPConfig", "change_of_variables",
+    "divergence", "flow_matching_loss", "gaussian_velocity", "hutchinson", "standard_normal",
 ]  # fmt: skip
 
 # (x, t) -> dx/dt, for x (N, *S) and t (N,)
@@ -113,6 +114,24 @@ class AffineCoupling(nn.Module):
         return (z - t) * torch.exp(-s)
 
 
+@dataclass(frozen=True)
+class RealNVPConfig:
+    """The arguments of a `RealNVP`, for a checkpoint."""
+
+    dim: int
+    layers: int = 6
+    hidden: int = 64
+
+    def to_config(self) -> dict[str, Any]:
+        """The fields as a JSON-able dict; `from_config` inverts it."""
+        return asdict(self)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> RealNVPConfig:
+        """Build from a dict as `to_config` gives; TypeError names an unknown key."""
+        return cls(**config)
+
+
 class RealNVP(nn.Module):
     """Couplings in a row that keep each half of the coordinates in turn.
 
@@ -129,7 +148,7 @@ class RealNVP(nn.Module):
         if dim < 2 or layers < 2:
             raise ValueError(f"RealNVP: dim and layers must be at least 2, got {dim} and {layers}")
         even = torch.arange(dim) % 2 == 0
-        self.dim = dim
+        self.dim, self.config = dim, RealNVPConfig(dim, layers, hidden)
         self.layers = nn.ModuleList(
             AffineCoupling(even if i % 2 == 0 else ~even, hidden) for i in range(layers)
         )
@@ -166,8 +185,9 @@ def divergence(velocity: Velocity, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor
     """v and its divergence tr(dv/dx), one derivative for each of the D elements of a sample.
 
     Returns:
-        v of the shape of x, and `(N,)`. Differentiable.
+        v of the shape of x, and `(N,)`. Differentiable, except under `torch.no_grad`.
     """
+    keep = torch.is_grad_enabled()
     with torch.enable_grad():
         x = x if x.requires_grad else x.detach().requires_grad_()
         v = velocity(x, t)
@@ -176,7 +196,9 @@ def divergence(velocity: Velocity, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor
             return v, trace
         # samples do not mix, so the gradient of a sum over them is that of each
         for i in range(flat.shape[1]):
-            (row,) = torch.autograd.grad(flat[:, i].sum(), x, create_graph=True, allow_unused=True)
+            (row,) = torch.autograd.grad(
+                flat[:, i].sum(), x, retain_graph=True, create_graph=keep, allow_unused=True
+            )
             if row is not None:
                 trace = trace + row.flatten(1)[:, i]
     return v, trace
@@ -192,13 +214,17 @@ def hutchinson(velocity: Velocity, x: Tensor, t: Tensor, probe: Tensor) -> tuple
 
     Args:
         probe: the shape of x.
+
+    Returns:
+        As `divergence`.
     """
+    keep = torch.is_grad_enabled()
     with torch.enable_grad():
         x = x if x.requires_grad else x.detach().requires_grad_()
         v = velocity(x, t)
         if not v.requires_grad:  # it depends on the time alone
             return v, x.new_zeros(len(x))
-        (row,) = torch.autograd.grad((v * probe).sum(), x, create_graph=True, allow_unused=True)
+        (row,) = torch.autograd.grad((v * probe).sum(), x, create_graph=keep, allow_unused=True)
     return v, x.new_zeros(len(x)) if row is None else (row * probe).flatten(1).sum(1)
 
 
