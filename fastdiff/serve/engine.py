@@ -213,7 +213,7 @@ class Engine:
             self._queue.push(client, job.samples, plan.cost)
             self._jobs.add(job)
             self._change.notify_all()
-        job.add_done_callback(lambda _: self._forget(job))
+        job.add_done_callback(self._forget)
         return job
 
     def alone(self, **fields: Any) -> Tensor:
@@ -285,13 +285,14 @@ class Engine:
     def _leave(self) -> None:
         self.shutdown(cancel_futures=True)
 
-    def _forget(self, job: Job) -> None:
+    def _forget(self, job: Any) -> None:
         """Called once for every job, when it is done."""
         with self._change:
             self._queue.discard(job.client, lambda sample: sample.owner is job)
             self._jobs.discard(job)
             self._ended += job.cancelled() or job.exception() is not None
             self._change.notify_all()
+        job.release()
         if job.cancelled():
             job.set_running_or_notify_cancel()  # for `concurrent.futures.wait`
 

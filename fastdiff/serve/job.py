@@ -42,7 +42,7 @@ class Job(Future[Tensor]):
         plan: what was asked for.
         client: on whose account.
         expires: when, by the clock of the engine; None: never.
-        samples: its images, as a batch runs them.
+        samples: its images, as a batch runs them; none when it is done.
     """
 
     def __init__(
@@ -54,14 +54,23 @@ class Job(Future[Tensor]):
     ) -> None:
         super().__init__()
         self.plan, self.client, self.expires = plan, client, expires
-        self.samples = tuple(Sample(plan, i, self) for i in range(len(plan.seeds)))
+        self.samples: tuple[Sample, ...] = tuple(
+            Sample(plan, i, self) for i in range(len(plan.seeds))
+        )
         self._callback, self._images, self._left = callback, torch.empty(0), len(self.samples)
+        self._last: Progress | None = None
 
     @property
     def progress(self) -> Progress:
         """How far it is, at any time."""
-        total = len(self.samples) * len(self.plan.table)
-        return Progress(sum(sample.row for sample in self.samples), total)
+        total = len(self.plan.seeds) * len(self.plan.table)
+        now = Progress(sum(sample.row for sample in self.samples), total)
+        return self._last or now  # in this order: `release` may come between
+
+    def release(self) -> None:
+        """Let go of the samples, which know their job: a cycle that would hold on to images."""
+        self._last = self.progress
+        self.samples = ()
 
     def tell(self) -> None:
         """Tell the callback, if there is one."""
@@ -70,8 +79,8 @@ class Job(Future[Tensor]):
 
     def keep(self, sample: Sample, image: Tensor) -> bool:
         """Copy an image that is ready; whether it was the last."""
-        if self._left == len(self.samples):
-            self._images = image.new_empty(len(self.samples), *image.shape)
+        if len(self._images) == 0:
+            self._images = image.new_empty(len(self.plan.seeds), *image.shape)
         self._images[sample.index] = image
         self._left -= 1
         return self._left == 0

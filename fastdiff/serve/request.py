@@ -54,7 +54,7 @@ class Request:
 NAMES = tuple(f.name for f in fields(Request))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """A request that was checked, as a batch runs it.
 

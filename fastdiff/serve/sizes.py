@@ -128,6 +128,9 @@ def agreeing_sizes(
     Returns:
         The sizes, rising. Of the sets of sizes that agree, the one that costs least over batches of
         1 to ``limit``; where a sample's bits depend on its place, a size is in none.
+
+    Raises:
+        ValueError: the model gives other bits each time, or NaN.
     """
     x = randn(as_seeds(0, limit), shape, stream=Stream.INITIAL, device=device).to(dtype)
     t = torch.linspace(*times, limit, dtype=torch.float32, device=device)
@@ -148,5 +151,8 @@ def agreeing_sizes(
         # moved by one: wherever two places differ, some sample goes from one to the other
         elif torch.equal(outputs(at.roll(1)), given.roll(1, 0)):
             found.append((given, [size]))
-    agreeing = [sizes for _, sizes in found]
-    return tuple(min(agreeing, key=lambda sizes: _work(limit, sizes)))
+    if not found:
+        raise ValueError(
+            "agreeing_sizes: model must repeat its output, got others (or NaN) each time"
+        )
+    return tuple(min(found, key=lambda entry: _work(limit, entry[1]))[1])
