@@ -1,4 +1,5 @@
-"""The command line: ``fastdiff sample``, ``solvers``, ``doctor`` and ``train``."""
+"""The command line: ``fastdiff sample``, ``serve``, ``solvers``, ``doctor`` and
+``train``."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from fastdiff import _cli_sample, backends, checkpoints, schedules, solvers
+from fastdiff import _cli_sample, _cli_serve, backends, checkpoints, schedules, solvers
 from fastdiff.ops import _native
 from fastdiff.table import StepTable
 from fastdiff.version import __version__
@@ -72,6 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     _cli_sample.add_arguments(sample)
     commands.add_parser("solvers", help="list the solvers").set_defaults(run=list_solvers)
     commands.add_parser("doctor", help="what this machine can run").set_defaults(run=doctor)
+    serve = commands.add_parser("serve", help="answer requests over HTTP")
+    _cli_serve.add_arguments(serve)
     commands.add_parser("train", help="train the small U-Net", add_help=False)
     return parser
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import math
 import os
 import struct
@@ -15,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 __all__ = [
-    "DEFAULT_FOLDER", "LABELS", "fashion_mnist", "read_idx", "save_grid", "save_image",
-    "to_unit_range",
+    "DEFAULT_FOLDER", "LABELS", "encode_png", "fashion_mnist", "read_idx", "save_grid",
+    "save_image", "to_unit_range",
 ]  # fmt: skip
 
 DEFAULT_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -134,18 +135,33 @@ def save_image(image: Tensor, path: str | Path) -> None:
         image: `(1, h, w)` grey or `(3, h, w)` RGB, in [-1, 1]; values outside are clamped.
         path: the file to write or to replace, in an existing folder.
     """
+    png = encode_png(image)
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(png)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def encode_png(image: Tensor) -> bytes:
+    """The PNG of an image.
+
+    Args:
+        image: `(1, h, w)` grey or `(3, h, w)` RGB, in [-1, 1]; values outside are clamped.
+
+    Raises:
+        ValueError: it has another shape.
+    """
     if image.ndim != 3 or image.shape[0] not in (1, 3):
         raise ValueError(
             f"data: image must have shape (1, h, w) or (3, h, w), got {tuple(image.shape)}"
         )
+    file = io.BytesIO()
     pixels = _bytes(image).permute(1, 2, 0).squeeze(-1).contiguous()
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        Image.fromarray(pixels.numpy()).save(part, format="PNG")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    Image.fromarray(pixels.numpy()).save(file, format="PNG")
+    return file.getvalue()
 
 
 def _bytes(images: Tensor) -> Tensor:

@@ -43,6 +43,15 @@ def engine(of: Any = model, **options: Any) -> Engine:
     return Engine(of, schedules.scaled_linear(), SHAPE, **options)
 
 
+class Clock:
+    """Time as a test sets it."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 class Gate:
     """`model` that runs only when it is let: as many calls as there were `open`s.
 

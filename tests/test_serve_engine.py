@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from bits import assert_same_bits
-from serve_cases import REQUESTS, SHAPE, Gate, engine, model
+from serve_cases import REQUESTS, SHAPE, Clock, Gate, engine, model
 from torch import Tensor
 
 from fastdiff import schedules, solvers, use_backend
@@ -22,13 +22,6 @@ from fastdiff.backends import forced
 from fastdiff.serve import Closed, DeadlineExceeded, Progress, QueueFull
 
 WAIT = 60  # seconds that no test needs; a hang is a failure, not a wait
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def cancelled_or_none(job: concurrent.futures.Future[Tensor]) -> Tensor | None:
@@ -295,6 +288,7 @@ WRONG = (
     ({"solver": "dpm++"}, ValueError, "build: solver must be one of .*, got 'dpm\\+\\+'"),
     ({"solver": 3}, TypeError, "submit: solver must be a name or a StepTable, got 3"),
     ({"solver": "ddim", "options": {"eta": [1]}}, TypeError, "submit: options must be numbers"),
+    ({"spacing": 3}, TypeError, "submit: spacing must be a name or None, got 3"),
     ({"options": 3}, TypeError, "submit: options must be a mapping, got 3"),
     ({"options": {"etta": 1}}, TypeError, "build: options of dpmpp_2m must be among"),
     ({"seeds": []}, ValueError, "submit: seeds must not be empty"),

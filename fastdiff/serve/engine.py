@@ -70,6 +70,7 @@ class Engine:
         per_client: images of one client that may wait; None: as many as may wait at all.
         max_steps: steps that a request may ask for.
         defaults: fields of a `Request` where one names no others.
+        classes: names of the values of "label", for fronts that take names.
         sizes: batch sizes for the model in which a sample has the same bits; None: found by some
             twenty model calls (`agreeing_sizes`).
         dtype: of the model input; None: as `Sampler` takes it.
@@ -93,6 +94,7 @@ class Engine:
         per_client: int | None = None,
         max_steps: int = 1000,
         defaults: Mapping[str, Any] | None = None,
+        classes: Sequence[str] = (),
         sizes: Sequence[int] | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -114,7 +116,7 @@ class Engine:
         first = first_parameter(model)
         self.dtype = dtype or (torch.float32 if first is None else first.dtype)
         where = device or (torch.device("cpu") if first is None else first.device)
-        self.device, self.shape = torch.device(where), tuple(shape)
+        self.device, self.shape, self.classes = torch.device(where), tuple(shape), tuple(classes)
         self._planner = Planner(schedule, prediction, null, defaults or {}, max_steps)
         if defaults:
             self._planner()  # they are in order
@@ -172,7 +174,7 @@ class Engine:
             defaults.pop("guidance", None)
         return cls(
             model, schedule, own["shape"], prediction=card["prediction"], null=null,
-            **{"defaults": defaults, **options},
+            **{"defaults": defaults, "classes": card["classes"], **options},
         )  # fmt: skip
 
     def submit(
@@ -250,6 +252,11 @@ class Engine:
                 )
             )
         return torch.cat(images)
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are accepted."""
+        return not self._closed
 
     def stats(self) -> Stats:
         """Where the engine stands now."""

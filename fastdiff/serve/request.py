@@ -182,6 +182,8 @@ class Planner:
             raise TypeError(f"submit: steps must be an integer, got {steps!r}")
         if not 1 <= steps <= self.max_steps:
             raise ValueError(f"submit: steps must lie in [1, {self.max_steps}], got {steps}")
+        if not (request.spacing is None or isinstance(request.spacing, str)):
+            raise TypeError(f"submit: spacing must be a name or None, got {request.spacing!r}")
         if not isinstance(request.options, Mapping):
             raise TypeError(f"submit: options must be a mapping, got {request.options!r}")
         try:
