@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 
 import torch
 
@@ -17,6 +18,9 @@ def add_arguments(s: argparse.ArgumentParser) -> None:
     s.add_argument("--slots", type=int, default=16, help="images in the running batch")
     s.add_argument("--queue", type=int, default=256, help="images that may wait")
     s.add_argument("--per-client", type=int, default=None, help="of one client, default: as many")
+    s.add_argument(
+        "--grace", type=float, default=10.0, help="seconds to finish what runs, when interrupted"
+    )
     s.add_argument("--device", default="auto")
     s.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="of the model")
     s.set_defaults(run=run)
@@ -25,9 +29,7 @@ def add_arguments(s: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until interrupted."""
     try:
-        import uvicorn
-
-        from fastdiff.serve.http import create_app
+        from fastdiff.serve.http import Server
     except ImportError as error:
         raise ValueError(
             f"serve: fastapi and uvicorn must be installed (the extra 'serve'), got {error}"
@@ -47,11 +49,7 @@ def run(args: argparse.Namespace) -> int:
         queue=args.queue,
         per_client=args.per_client,
     )
-    with engine:
-        uvicorn.run(
-            create_app(engine),
-            host=args.host,
-            port=args.port,
-            timeout_graceful_shutdown=10,
-        )
+    # after an orderly end, uvicorn raises the signal that it was ended by again
+    with engine, contextlib.suppress(KeyboardInterrupt):
+        Server(engine, host=args.host, port=args.port, grace=args.grace).run()
     return 0

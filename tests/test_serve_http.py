@@ -7,6 +7,10 @@ import contextlib
 import http.client
 import io
 import json
+import re
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,23 +19,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import uvicorn
 from PIL import Image
 from serve_cases import Clock, Gate, engine, model
 
 from fastdiff import cli
 from fastdiff.data import encode_png
 from fastdiff.serve import Engine
-from fastdiff.serve.http import BODY, create_app
+from fastdiff.serve.http import BODY, Server, create_app
 
 WAIT = 60  # seconds that no test needs; a hang is a failure, not a wait
 
 
-class Server(uvicorn.Server):
+class Announced(Server):
     """Tells when it listens, and where."""
 
-    def __init__(self, app: Any) -> None:
-        super().__init__(uvicorn.Config(app, port=0, log_level="warning", ws="none"))
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, port=0, log_level="warning", ws="none", **options)
         self.ready = threading.Event()
 
     async def startup(self, *args: Any, **kw: Any) -> None:
@@ -81,7 +84,7 @@ class Client:
 
 @contextmanager
 def serving(of: Engine, **options: Any) -> Iterator[Client]:
-    server = Server(create_app(of, **options))
+    server = Announced(of, **options)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -280,21 +283,32 @@ def test_finished_jobs_are_kept_to_a_number() -> None:
     assert kept == [False] * 4 + [True] * 2
 
 
-def test_the_server_ends_with_jobs_at_work() -> None:
+@pytest.mark.parametrize(
+    ("grace", "last"),
+    (
+        (WAIT, "done"),  # what somebody waits for is finished
+        (0.0, "cancelled"),  # there is no time for it
+    ),
+)
+def test_the_server_ends_with_jobs_at_work(grace: float, last: str) -> None:
     def lasting(x: torch.Tensor, t: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        """The first step ends when the engine is told to."""
-        while made.alive:
-            begun.set()
+        """The first step takes until the server ends, or until the job has been cancelled."""
+        begun.set()
+        while made.alive or (grace == 0 and "cancelled" not in kinds):
             threading.Event().wait(1e-3)
         return model(x, t, label)
 
-    begun = threading.Event()
-    made = engine(lasting, slots=1)
-    with serving(made) as client:
-        names = [client.submit(steps=1000) for _ in range(2)]
+    begun, made, kinds = threading.Event(), engine(lasting, slots=1), []
+    with serving(made, grace=grace) as client:
+        name = client.submit(steps=2)
         assert begun.wait(WAIT)
-        assert [client.call("GET", f"/samples/{n}")[1]["status"] for n in names] == ["waiting"] * 2
-    assert made.stats()[:2] == (0, 0) and made.stats().ended == 2
+        events = client.events(name)
+        kinds.append(next(events)[0])
+        follower = threading.Thread(target=lambda: kinds.extend(kind for kind, _ in events))
+        follower.start()
+    follower.join(WAIT)
+    assert kinds[0] == "waiting" and kinds[-1] == last
+    assert made.stats()[:2] == (0, 0)
 
 
 def test_only_pictures_are_served() -> None:
@@ -304,28 +318,31 @@ def test_only_pictures_are_served() -> None:
             create_app(made)
 
 
-def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: Any, tiny: Any) -> None:
-    """It serves the checkpoint that it was told until the server ends, and says what is wrong."""
-    seen: dict[str, Any] = {}
-
-    def run(app: Any, **options: Any) -> None:
-        server = Server(app)
-        thread = threading.Thread(target=server.run)
-        thread.start()
-        assert server.ready.wait(WAIT)
-        client = Client(server.port)
+def test_the_command(tiny: Any) -> None:
+    """It serves the checkpoint that it was told, and ends when it is interrupted."""
+    words = ["--model", str(tiny), "--port", "0", "--slots", "2", "--dtype", "float32"]
+    command = [sys.executable, "-m", "fastdiff", "serve", *words]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        log = []
+        for line in process.stderr:
+            log.append(line)
+            if "running on http" in line:
+                break
+        client = Client(int(re.findall(r"http://127\.0\.0\.1:(\d+)", log[-1])[0]))
         name = client.submit(steps=1, label="boot")
-        seen.update(options, png=client.call("GET", f"/samples/{name}/images/0.png"))
-        server.should_exit = True
-        thread.join(WAIT)
+        status, png = client.call("GET", f"/samples/{name}/images/0.png")
+        process.send_signal(signal.SIGINT)
+        log += process.stderr.readlines()
+    assert status == 200 and pixels(png).shape == (16, 16)
+    assert process.returncode == 0 and "Traceback" not in "".join(log)
 
-    torch.set_num_threads(1)
-    monkeypatch.setattr(uvicorn, "run", run)
-    words = ["serve", "--model", str(tiny), "--port", "0", "--slots", "2", "--dtype", "float32"]
-    assert cli.main(words) == 0
-    assert seen["host"] == "127.0.0.1" and seen["port"] == 0
-    assert seen["png"][0] == 200 and pixels(seen["png"][1]).shape == (16, 16)
-    assert cli.main(["serve", "--model", str(tiny), "--port", "70000"]) == 2
-    assert "serve: port must lie in [0, 65535], got 70000" in capsys.readouterr().err
-    assert cli.main(["serve", "--model", str(tiny), "--slots", "0"]) == 2
-    assert "Engine: slots must be at least 1, got 0" in capsys.readouterr().err
+
+def test_the_command_says_what_is_wrong(tiny: Any, capsys: Any) -> None:
+    for words, message in (
+        (["--port", "70000"], "serve: port must lie in [0, 65535], got 70000"),
+        (["--slots", "0"], "Engine: slots must be at least 1, got 0"),
+        (["--model", "nothing"], "nothing"),
+    ):
+        assert cli.main(["serve", "--model", str(tiny), *words]) == 2
+        assert message in capsys.readouterr().err

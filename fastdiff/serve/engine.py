@@ -72,7 +72,7 @@ class Engine:
         defaults: fields of a `Request` where one names no others.
         classes: names of the values of "label", for fronts that take names.
         sizes: batch sizes for the model in which a sample has the same bits; None: found by some
-            twenty model calls (`agreeing_sizes`).
+            thirty model calls (`agreeing_sizes`).
         dtype: of the model input; None: as `Sampler` takes it.
         device: of the state; None: of the model's first parameter, or the CPU.
         clock: seconds, for deadlines.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import re
 import secrets
@@ -14,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator
 from typing import Any
 
+import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
@@ -25,7 +27,7 @@ from fastdiff.serve.engine import Closed, Engine
 from fastdiff.serve.job import DeadlineExceeded, Job
 from fastdiff.serve.request import NAMES
 
-__all__ = ["create_app"]
+__all__ = ["Server", "create_app"]
 
 BODY = 1 << 16  # bytes of a request
 FIELDS = (*(name for name in NAMES), "label", "deadline")
@@ -270,3 +272,39 @@ def create_app(engine: Engine, *, keep: int = 1024) -> FastAPI:
     ):
         app.add_api_route(path, route, methods=[method], status_code=status, response_model=None)
     return app
+
+
+class Server(uvicorn.Server):  # type: ignore[misc]  # which mypy is told nothing of
+    """uvicorn for one engine: ``Server(engine).run()`` serves until it is interrupted.
+
+    It then accepts nothing more and finishes what was accepted, as far as somebody waits for it and
+    the time of grace lasts; what is left is cancelled, which ends the streams of events.
+
+    Args:
+        engine, keep: as for `create_app`.
+        host, port: to listen at; port 0 is any that is free.
+        grace: seconds.
+        options: of `uvicorn.Config`.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        grace: float = 10.0,
+        keep: int = 1024,
+        **options: Any,
+    ) -> None:
+        app = create_app(engine, keep=keep)
+        super().__init__(uvicorn.Config(app, host=host, port=port, **options))
+        self.engine, self.grace = engine, grace
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        """Called by uvicorn, before it waits for its connections to end."""
+        self.engine.shutdown(wait=False)
+        end = functools.partial(self.engine.shutdown, wait=False, cancel_futures=True)
+        timer = asyncio.get_running_loop().call_later(self.grace, end)
+        await super().shutdown(sockets)
+        timer.cancel()

@@ -12,6 +12,7 @@ from fastdiff.ops.noise import Stream, as_seeds, randn
 from fastdiff.sampler import Model
 
 _FINE = 16  # sizes that are tried, at most, between 1 and the limit
+_LEAST = 8  # samples that a size is tried on: on few, a difference may be rounded away
 
 
 class FixedSizes(nn.Module):
@@ -100,6 +101,12 @@ def _candidates(limit: int) -> list[int]:
     return sorted({limit, *powers, *range(step, limit + 1, step)}, reverse=True)
 
 
+def _agree(one: Tensor, other: Tensor) -> bool:
+    """Whether the samples that both have, the last ones, are the same."""
+    both = min(len(one), len(other))
+    return torch.equal(one[-both:], other[-both:])
+
+
 def agreeing_sizes(
     model: Model,
     limit: int,
@@ -114,7 +121,7 @@ def agreeing_sizes(
 
     Each size is tried on noise. Which kernels run does not depend on the values, so what agrees
     here in every bit agrees elsewhere; it does depend on the machine, the number of threads and the
-    dtype, so this is measured where the model will run. It takes some twenty model calls.
+    dtype, so this is measured where the model will run. It takes some thirty model calls.
 
     Args:
         model: as for `FixedSizes`.
@@ -137,19 +144,26 @@ def agreeing_sizes(
     every = {k: v.to(device).expand(limit, *v.shape) for k, v in cond.items()}
 
     @torch.no_grad()
-    def outputs(at: Tensor) -> Tensor:
-        return model(x[at], t[at], **{k: v[at] for k, v in every.items()})
+    def outputs(at: Tensor, size: int) -> Tensor:
+        """Of the samples at ``at``, in batches of ``size``."""
+        return torch.cat(
+            [
+                model(x[p], t[p], **{k: v[p] for k, v in every.items()})
+                for p in torch.split(at, size)
+            ]
+        )
 
     found: list[tuple[Tensor, list[int]]] = []
     for size in _candidates(limit):
+        count = max(1, min(limit, _LEAST) // size) * size
         # the last samples: of each size, a sample has another place and other neighbours
-        at = torch.arange(limit - size, limit, device=device)
-        given = outputs(at)
-        same = next((sizes for whole, sizes in found if torch.equal(whole[-size:], given)), None)
+        at = torch.arange(limit - count, limit, device=device)
+        given = outputs(at, size)
+        same = next((sizes for whole, sizes in found if _agree(whole, given)), None)
         if same is not None:
             same.insert(0, size)
         # moved by one: wherever two places differ, some sample goes from one to the other
-        elif torch.equal(outputs(at.roll(1)), given.roll(1, 0)):
+        elif torch.equal(outputs(at.roll(1), size), given.roll(1, 0)):
             found.append((given, [size]))
     if not found:
         raise ValueError(
