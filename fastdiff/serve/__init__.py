@@ -6,7 +6,7 @@
 from fastdiff.serve._queue import QueueFull
 from fastdiff.serve.engine import Closed, Engine, Stats
 from fastdiff.serve.job import DeadlineExceeded, Job, Progress
-from fastdiff.serve.request import Request
+from fastdiff.serve.request import Plan, Request
 from fastdiff.serve.sizes import FixedSizes, agreeing_sizes
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Engine",
     "FixedSizes",
     "Job",
+    "Plan",
     "Progress",
     "QueueFull",
     "Request",

@@ -19,7 +19,7 @@ from fastdiff.schedules import Schedule
 from fastdiff.serve._batch import Batch, Sample
 from fastdiff.serve._queue import FairQueue
 from fastdiff.serve.job import DeadlineExceeded, Job, Progress
-from fastdiff.serve.request import Planner
+from fastdiff.serve.request import Plan, Planner
 from fastdiff.serve.sizes import FixedSizes, agreeing_sizes
 
 
@@ -119,7 +119,7 @@ class Engine:
         self.device, self.shape, self.classes = torch.device(where), tuple(shape), tuple(classes)
         self._planner = Planner(schedule, prediction, null, defaults or {}, max_steps)
         if defaults:
-            self._planner()  # they are in order
+            self.plan()  # they are in order
         if sizes is None:
             times = schedule.t_min, schedule.t_max
             sizes = agreeing_sizes(
@@ -177,6 +177,14 @@ class Engine:
             **{"defaults": defaults, "classes": card["classes"], **options},
         )  # fmt: skip
 
+    def plan(self, **fields: Any) -> Plan:
+        """What a request of these fields would run; nothing is submitted.
+
+        Raises:
+            TypeError, ValueError: a field breaks its rule.
+        """
+        return self._planner(**fields)
+
     def submit(
         self,
         *,
@@ -206,7 +214,7 @@ class Engine:
                 raise TypeError(f"submit: deadline must be a number, got {deadline!r}")
             if not (math.isfinite(deadline) and deadline > 0):
                 raise ValueError(f"submit: deadline must be finite and above 0, got {deadline}")
-        plan = self._planner(**fields)
+        plan = self.plan(**fields)
         expires = None if deadline is None else self._clock() + deadline
         job = Job(plan, client, expires, callback)
         with self._change:
@@ -226,7 +234,7 @@ class Engine:
         Raises:
             TypeError, ValueError: a field breaks its rule.
         """
-        plan = self._planner(**fields)
+        plan = self.plan(**fields)
         request = plan.request
         sampler = Sampler(
             self.model,
