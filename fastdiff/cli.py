@@ -1,4 +1,5 @@
-"""The command line: ``fastdiff sample``, ``eval``, ``demo``, ``solvers``, ``doctor``, ``train``."""
+"""The command line: ``fastdiff sample``, ``eval``, ``demo``, ``serve``, ``solvers``, ``doctor`` and
+``train``."""
 
 from __future__ import annotations
 
@@ -10,7 +11,16 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from fastdiff import _cli_eval, _cli_sample, backends, checkpoints, demos, schedules, solvers
+from fastdiff import (
+    _cli_eval,
+    _cli_sample,
+    _cli_serve,
+    backends,
+    checkpoints,
+    demos,
+    schedules,
+    solvers,
+)
 from fastdiff.ops import _native
 from fastdiff.table import StepTable
 from fastdiff.version import __version__
@@ -74,6 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     demos.add_arguments(commands.add_parser("demo", help="draw a picture that explains"))
     commands.add_parser("solvers", help="list the solvers").set_defaults(run=list_solvers)
     commands.add_parser("doctor", help="what this machine can run").set_defaults(run=doctor)
+    serve = commands.add_parser("serve", help="answer requests over HTTP")
+    _cli_serve.add_arguments(serve)
     commands.add_parser("train", help="train a model", add_help=False)
     return parser
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from fastdiff.data import emoji, fashion
 from fastdiff.data._dataset import Dataset
 from fastdiff.data.fashion import DEFAULT_FOLDER, LABELS, fashion_mnist, read_idx, to_unit_range
-from fastdiff.data.pictures import save_grid, save_image
+from fastdiff.data.pictures import encode_png, save_grid, save_image
 
 __all__ = [
-    "DATASETS", "DEFAULT_FOLDER", "LABELS", "Dataset", "fashion_mnist", "load", "read_idx",
-    "save_grid", "save_image", "to_unit_range",
+    "DATASETS", "DEFAULT_FOLDER", "LABELS", "Dataset", "encode_png", "fashion_mnist", "load",
+    "read_idx", "save_grid", "save_image", "to_unit_range",
 ]  # fmt: skip
 
 # name: what reads it from a folder, and the folder where its package puts it

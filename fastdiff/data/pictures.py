@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["save_grid", "save_image"]
+__all__ = ["encode_png", "save_grid", "save_image"]
 
 
 def save_grid(images: Tensor, path: str | Path, columns: int) -> None:
@@ -41,18 +42,33 @@ def save_image(image: Tensor, path: str | Path) -> None:
         image: `(1, h, w)` grey or `(3, h, w)` RGB, in [-1, 1]; values outside are clamped.
         path: the file to write or to replace, in an existing folder.
     """
+    png = encode_png(image)
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(png)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def encode_png(image: Tensor) -> bytes:
+    """The PNG of an image.
+
+    Args:
+        image: `(1, h, w)` grey or `(3, h, w)` RGB, in [-1, 1]; values outside are clamped.
+
+    Raises:
+        ValueError: it has another shape.
+    """
     if image.ndim != 3 or image.shape[0] not in (1, 3):
         raise ValueError(
             f"data: image must have shape (1, h, w) or (3, h, w), got {tuple(image.shape)}"
         )
+    file = io.BytesIO()
     pixels = _bytes(image).permute(1, 2, 0).squeeze(-1).contiguous()
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        Image.fromarray(pixels.numpy()).save(part, format="PNG")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    Image.fromarray(pixels.numpy()).save(file, format="PNG")
+    return file.getvalue()
 
 
 def _bytes(images: Tensor) -> Tensor:

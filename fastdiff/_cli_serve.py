@@ -1,0 +1,55 @@
+"""``fastdiff serve``: a checkpoint behind HTTP."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+
+import torch
+
+from fastdiff._cli_sample import DTYPES
+
+
+def add_arguments(s: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    s.add_argument("--model", default="fashion", help="shipped name or .safetensors path")
+    s.add_argument("--host", default="127.0.0.1", help="the loopback unless told otherwise")
+    s.add_argument("--port", type=int, default=8000, help="0 for any that is free")
+    s.add_argument("--slots", type=int, default=16, help="images in the running batch")
+    s.add_argument("--queue", type=int, default=256, help="images that may wait")
+    s.add_argument("--per-client", type=int, default=None, help="of one client, default: as many")
+    s.add_argument(
+        "--grace", type=float, default=10.0, help="seconds to finish what runs, when interrupted"
+    )
+    s.add_argument("--device", default="auto")
+    s.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="of the model")
+    s.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until interrupted."""
+    try:
+        from fastdiff.serve.http import Server
+    except ImportError as error:
+        raise ValueError(
+            f"serve: fastapi and uvicorn must be installed (the extra 'serve'), got {error}"
+        ) from None
+    from fastdiff.serve import Engine
+
+    if not 0 <= args.port < 1 << 16:
+        raise ValueError(f"serve: port must lie in [0, 65535], got {args.port}")
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    engine = Engine.from_checkpoint(
+        args.model,
+        dtype=DTYPES.get(args.dtype),
+        device=device,
+        slots=args.slots,
+        queue=args.queue,
+        per_client=args.per_client,
+    )
+    # after an orderly end, uvicorn raises the signal that it was ended by again
+    with engine, contextlib.suppress(KeyboardInterrupt):
+        Server(engine, host=args.host, port=args.port, grace=args.grace).run()
+    return 0
