@@ -84,9 +84,9 @@ class Evaluation:
             output = self._alone(x, t, **conditions.cond)
             other = self._second(x, t, **conditions.uncond)
         variance = None
-        if _has_variance(output, x):
+        if has_variance(output, x):
             output, variance = output.chunk(2, dim=1)
-        if other is not None and _has_variance(other, x):
+        if other is not None and has_variance(other, x):
             other = other.chunk(2, dim=1)[0]
         return Outputs(output, other, variance)
 
@@ -103,7 +103,7 @@ def _compiled(model: Model) -> Model:
     return torch.compile(call, fullgraph=True)
 
 
-def _has_variance(output: Tensor, x: Tensor) -> bool:
+def has_variance(output: Tensor, x: Tensor) -> bool:
     return x.dim() > 1 and output.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:])
 
 

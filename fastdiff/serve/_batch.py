@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdiff._evaluation import has_variance
 from fastdiff._packing import Packing
 from fastdiff.ops.guidance_rescale import guidance_rescale
 from fastdiff.ops.noise import Stream, randn
 from fastdiff.ops.reverse_step import reverse_step
-from fastdiff.sampler import _has_variance
 from fastdiff.serve.request import Plan
 from fastdiff.serve.sizes import FixedSizes
 from fastdiff.table import HISTORY_SLOTS
@@ -174,7 +174,7 @@ class Batch:
         x, variance, other = self._input[take], None, None
         with torch.no_grad():
             output = self.model(x, t, **told)
-        if _has_variance(output, x):
+        if has_variance(output, x):
             output, variance = output.chunk(2, dim=1)
             variance = variance[:n]
         if output.shape != x.shape:

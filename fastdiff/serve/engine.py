@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fastdiff import checkpoints
-from fastdiff.sampler import Model, Sampler, first_parameter
+from fastdiff._state import Model, first_parameter
+from fastdiff.sampler import Sampler
 from fastdiff.schedules import Schedule
 from fastdiff.serve._batch import Batch, Sample
 from fastdiff.serve._queue import FairQueue

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdiff._state import Model
 from fastdiff.ops.noise import Stream, as_seeds, randn
-from fastdiff.sampler import Model
 
 _FINE = 16  # sizes that are tried, at most, between 1 and the limit
 _LEAST = 8  # samples that a size is tried on: on few, a difference may be rounded away
