@@ -192,7 +192,7 @@ def _vae(args: argparse.Namespace, model: VAE, card: dict[str, Any]) -> dict[str
             part = slice(first, first + args.batch)
             x = images[part].to(args.device)
             weights = model.log_weights(x, seeds[part], args.samples).double().cpu()
-            # the ELBO is the expected log-weight: the mean over the draws is its best estimate
+            # the ELBO is the expected log-weight
             elbo.append(-weights.mean(1))
             iwae.append(math.log(args.samples) - weights.logsumexp(1))
             bar.update(len(x))
