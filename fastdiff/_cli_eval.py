@@ -178,10 +178,13 @@ def _vae(args: argparse.Namespace, model: VAE, card: dict[str, Any]) -> dict[str
     """ELBO and IWAE bound of test images."""
     images, _, facts = _images(args, card["sampling"]["shape"])
     observe = getattr(model, "observe", None)  # of models that say what their likelihood is of
+    binary = model.likelihood == "bernoulli"
     if observe is not None:
         images = observe(images, torch.Generator().manual_seed(args.seed))
-    elif model.likelihood == "bernoulli":
-        images = (images + 1) / 2
+        observed = f"binarized by the seed {args.seed}" if binary else "levels"
+    else:
+        images = (images + 1) / 2 if binary else images
+        observed = "levels as probabilities of 1" if binary else "levels"
     seeds = as_seeds(args.seed, len(images), where="eval")
     elbo, iwae = [], []
     from tqdm import tqdm
@@ -201,6 +204,7 @@ def _vae(args: argparse.Namespace, model: VAE, card: dict[str, Any]) -> dict[str
         "kind": "vae",
         "data": facts["data"],
         "likelihood": model.likelihood,
+        "observed": observed,
         "negative_elbo": summary(torch.cat(elbo), dims),
         "negative_iwae": {**summary(torch.cat(iwae), dims), "samples": args.samples},
     }
