@@ -178,10 +178,13 @@ def _vae(args: argparse.Namespace, model: VAE, card: dict[str, Any]) -> dict[str
     """ELBO and IWAE bound of test images."""
     images, _, facts = _images(args, card["sampling"]["shape"])
     observe = getattr(model, "observe", None)  # of models that say what their likelihood is of
+    binary = model.likelihood == "bernoulli"
     if observe is not None:
         images = observe(images, torch.Generator().manual_seed(args.seed))
-    elif model.likelihood == "bernoulli":
-        images = (images + 1) / 2
+        observed = f"binarized by the seed {args.seed}" if binary else "levels"
+    else:
+        images = (images + 1) / 2 if binary else images
+        observed = "levels as probabilities of 1" if binary else "levels"
     seeds = as_seeds(args.seed, len(images), where="eval")
     elbo, iwae = [], []
     from tqdm import tqdm
@@ -192,7 +195,7 @@ def _vae(args: argparse.Namespace, model: VAE, card: dict[str, Any]) -> dict[str
             part = slice(first, first + args.batch)
             x = images[part].to(args.device)
             weights = model.log_weights(x, seeds[part], args.samples).double().cpu()
-            # the ELBO is the expected log-weight: the mean over the draws is its best estimate
+            # the ELBO is the expected log-weight
             elbo.append(-weights.mean(1))
             iwae.append(math.log(args.samples) - weights.logsumexp(1))
             bar.update(len(x))
@@ -201,6 +204,7 @@ def _vae(args: argparse.Namespace, model: VAE, card: dict[str, Any]) -> dict[str
         "kind": "vae",
         "data": facts["data"],
         "likelihood": model.likelihood,
+        "observed": observed,
         "negative_elbo": summary(torch.cat(elbo), dims),
         "negative_iwae": {**summary(torch.cat(iwae), dims), "samples": args.samples},
     }

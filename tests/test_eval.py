@@ -201,14 +201,17 @@ def test_a_vae_is_given_what_it_observes(folder, tmp_path, monkeypatch):
     card = {"sampling": {"shape": [1, 28, 28]}}
     images = (data.fashion_mnist("test", folder, 28)[0][:4] + 1) / 2
     drawn = torch.bernoulli(images, generator=torch.Generator().manual_seed(3))
-    for model, x in ((VAE(*parts), images), (Binary(*parts), drawn)):
+    told = "levels as probabilities of 1", "binarized by the seed 3"
+    for model, x, what in ((VAE(*parts), images, told[0]), (Binary(*parts), drawn, told[1])):
         monkeypatch.setattr(checkpoints, "load", lambda *_, m=model, **__: (m, None, card))
         words = ["v", "--data", folder, "--images", 4, "--samples", 1, "--seed", 3]
         assert run(*words, "--out", tmp_path) == 0
         with torch.no_grad():
-            want = -float(model.elbo(x, 3).double().mean())
+            want = -float(model.log_weights(x, 3, 1).double().mean())
+        row = row_of(tmp_path, "v")
+        assert row["observed"] == what
         # sums of 784 logarithms in float32
-        assert abs(row_of(tmp_path, "v")["negative_elbo"]["nats"] / want - 1) <= 1e-4
+        assert abs(row["negative_elbo"]["nats"] / want - 1) <= 1e-4
 
 
 def test_a_flow_that_was_saved(tmp_path, capsys):
