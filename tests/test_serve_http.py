@@ -324,6 +324,8 @@ def test_the_command(tiny: Any) -> None:
     command = [sys.executable, "-m", "fastdiff", "serve", *words]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
+        hang = threading.Timer(4 * WAIT, process.kill)  # then the lines below fail
+        hang.start()
         log = []
         for line in process.stderr:
             log.append(line)
@@ -334,6 +336,7 @@ def test_the_command(tiny: Any) -> None:
         status, png = client.call("GET", f"/samples/{name}/images/0.png")
         process.send_signal(signal.SIGINT)
         log += process.stderr.readlines()
+        hang.cancel()
     assert status == 200 and pixels(png).shape == (16, 16)
     assert process.returncode == 0 and "Traceback" not in "".join(log)
 
