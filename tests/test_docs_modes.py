@@ -1,4 +1,4 @@
-"""The page on modes and devices: its block runs, and its commands are ones that the parsers take."""
+"""The page on modes and devices: its block runs, the parsers take its commands."""
 
 from __future__ import annotations
 
