@@ -153,6 +153,7 @@ class GraphLoop:
         self._fill(static, start)
         return static
 
+    @torch.inference_mode(False)  # or only calls in that mode could write it
     def _reserve(self, start: Start) -> Static:
         x, n = torch.empty_like(start.x), len(start.x)
         loop = self._loop

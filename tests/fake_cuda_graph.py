@@ -36,8 +36,9 @@ class FakeGraph:
 
     def replay(self) -> None:
         self.replays += 1
-        for call in self.calls:
-            call()
+        with torch.inference_mode():  # memory has no modes
+            for call in self.calls:
+                call()
 
 
 class Recorder(TorchDispatchMode):

@@ -65,13 +65,13 @@ def test_any_number_of_processes(tiny: Path, tmp_path: Path, whole: dict[str, st
 # runs the command in a process that is killed while it writes one of the pictures
 KILLED = """
 import os, signal, sys
-from fastdiff import cli, data
+from fastdiff import cli
 replace = os.replace
 def dying(part, path):
     if str(path).endswith("000004.png"):
         os.kill(os.getpid(), signal.SIGKILL)
     replace(part, path)
-data.os.replace = dying
+os.replace = dying
 sys.exit(cli.main(sys.argv[1:]))
 """
 

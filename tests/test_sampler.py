@@ -195,6 +195,34 @@ def test_given_noise_replaces_the_initial_draw():
     )
 
 
+def test_the_state_lies_as_the_model_does():
+    """No tensor is brought into another order between the model and the step."""
+    seen = []
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = torch.nn.Conv2d(3, 8, 1)  # whose weights lie in both orders
+            self.conv = torch.nn.Conv2d(8, 3, 3, padding=1)
+
+        def forward(self, x, t):
+            seen.append(x)
+            return self.conv(self.first(x))
+
+    torch.manual_seed(0)
+    net, noise = Net(), fastdiff.randn([5, 6], SHAPE)
+    plain = Sampler(net, table("dpmpp_2m"))(SHAPE, seeds=[5, 6])
+    assert all(x.is_contiguous() for x in seen)
+    net.to(memory_format=torch.channels_last)
+    expected = Sampler(net, table("dpmpp_2m"))(noise=noise, seeds=[5, 6])
+    seen.clear()
+    got = Sampler(net, table("dpmpp_2m"))(SHAPE, seeds=[5, 6])
+    for x in (*seen, got):
+        assert x.is_contiguous(memory_format=torch.channels_last)
+    assert expected.is_contiguous() and plain.is_contiguous()
+    assert_same_bits(got.contiguous(), expected)
+
+
 def test_int_seed_counts_up():
     label = torch.tensor([1, 2, 3])
     a = Sampler(model, table())(SHAPE, seeds=10, cond={"label": label})

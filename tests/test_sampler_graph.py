@@ -178,6 +178,15 @@ def test_results_are_not_the_static_memory(graphs: list[FakeGraph]) -> None:
         assert_same_bits(first, kept)
 
 
+@pytest.mark.parametrize("unroll", (False, True), ids=("looped", "unrolled"))
+def test_calls_in_and_out_of_inference_mode(graphs: list[FakeGraph], unroll: bool) -> None:
+    sampler = Sampler(model, table("ddpm"), mode="graph", unroll=unroll, guidance=2.0)
+    with torch.inference_mode():
+        inside = sampler(SHAPE, seeds=[3, 9], **BOTH)
+    assert_same_bits(sampler(SHAPE, seeds=[3, 9], **BOTH), inside.clone())
+    assert len(graphs) == 1
+
+
 def test_nothing_to_do(graphs: list[FakeGraph]) -> None:
     empty = Sampler(model, table(), mode="graph")(noise=torch.zeros(0, *SHAPE), seeds=[])
     assert empty.shape == (0, *SHAPE) and not graphs
