@@ -42,11 +42,11 @@ def save_image(image: Tensor, path: str | Path) -> None:
         image: `(1, h, w)` grey or `(3, h, w)` RGB, in [-1, 1]; values outside are clamped.
         path: the file to write or to replace, in an existing folder.
     """
-    png = encode_png(image)
+    picture = _picture(image)
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.write_bytes(png)
+        picture.save(part, format="PNG")
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -61,14 +61,18 @@ def encode_png(image: Tensor) -> bytes:
     Raises:
         ValueError: it has another shape.
     """
+    file = io.BytesIO()
+    _picture(image).save(file, format="PNG")
+    return file.getvalue()
+
+
+def _picture(image: Tensor) -> Image.Image:
     if image.ndim != 3 or image.shape[0] not in (1, 3):
         raise ValueError(
             f"data: image must have shape (1, h, w) or (3, h, w), got {tuple(image.shape)}"
         )
-    file = io.BytesIO()
     pixels = _bytes(image).permute(1, 2, 0).squeeze(-1).contiguous()
-    Image.fromarray(pixels.numpy()).save(file, format="PNG")
-    return file.getvalue()
+    return Image.fromarray(pixels.numpy())
 
 
 def _bytes(images: Tensor) -> Tensor:
