@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from fastdiff import schedules
+from fastdiff._files import written_whole
 from fastdiff.formats import diffusers, guided_diffusion, hub
 from fastdiff.formats.files import read_weights
 from fastdiff.models import Autoencoder, AutoencoderConfig, DiT, DiTConfig, UNet, UNetConfig
@@ -78,10 +78,7 @@ def save(
             raise ValueError(f"save: model must be finite in float16, got {name} that is not")
     path = Path(path)
     path = path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
-    part = path.with_name(path.name + ".part")
     raw = to_bytes(state, {"format": "pt"})
-    # not save_file, which leaves a file that only its owner may read
-    part.write_bytes(raw)
     config: UNetConfig = model.config  # type: ignore[assignment]
     full = {
         **card,
@@ -93,10 +90,10 @@ def save(
     }
     text = json.dumps(full, indent=1, allow_nan=False) + "\n"
     # between the two renames the pair does not match, which the sha256 then tells
-    card_part = path.with_suffix(".json.part")
-    card_part.write_text(text, encoding="utf-8")
-    os.replace(card_part, path.with_suffix(".json"))
-    os.replace(part, path)
+    with written_whole(path) as part, written_whole(path.with_suffix(".json")) as card_part:
+        # not save_file, which leaves a file that only its owner may read
+        part.write_bytes(raw)
+        card_part.write_text(text, encoding="utf-8")
     return path
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import math
-import os
 import struct
 from pathlib import Path
 
@@ -13,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
+from fastdiff._files import written_whole
 
 __all__ = [
     "DEFAULT_FOLDER", "LABELS", "fashion_mnist", "read_idx", "save_grid", "save_image",
@@ -124,7 +125,12 @@ def save_grid(images: Tensor, path: str | Path, columns: int) -> None:
     grid = torch.zeros(rows * columns, h, w, dtype=torch.uint8)
     grid[:n] = _bytes(images[:, 0])
     pixels = grid.view(rows, columns, h, w).transpose(1, 2).reshape(rows * h, columns * w)
-    Image.fromarray(pixels.numpy()).save(path)
+    path = Path(path)
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind is None:
+        raise ValueError(f"data: path must end like a picture, in .png or such, got {path}")
+    with written_whole(path) as part:
+        Image.fromarray(pixels.numpy()).save(part, format=kind)
 
 
 def save_image(image: Tensor, path: str | Path) -> None:
@@ -139,13 +145,8 @@ def save_image(image: Tensor, path: str | Path) -> None:
             f"data: image must have shape (1, h, w) or (3, h, w), got {tuple(image.shape)}"
         )
     pixels = _bytes(image).permute(1, 2, 0).squeeze(-1).contiguous()
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with written_whole(Path(path)) as part:
         Image.fromarray(pixels.numpy()).save(part, format="PNG")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _bytes(images: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import platform
 import sys
 import time
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastdiff import checkpoints, data, schedules, solvers
+from fastdiff._files import written_whole
 from fastdiff._train_config import TrainConfig, progress_of
 from fastdiff.models.unet import UNet, UNetConfig
 from fastdiff.ops import add_noise
@@ -175,9 +175,12 @@ class _Run:
             "elapsed": self.elapsed,
             "losses": torch.tensor(self.losses),
         }
-        part = path.with_suffix(".part")
-        torch.save(state, part)
-        os.replace(part, path)
+        with written_whole(path) as part:
+            try:
+                torch.save(state, part)
+            except RuntimeError as error:  # of torch's own writer, on a full disk for one
+                reason = str(error).partition("\n")[0]
+                raise OSError(f"train: {path} must have room on its disk, got {reason}") from error
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint that `save` wrote."""

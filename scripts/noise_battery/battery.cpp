@@ -7,7 +7,7 @@
 #include "tests.h"
 
 static int usage() {
-  std::fprintf(stderr, "usage: battery FEED SEED ROUNDS(1-10) LOG2_BYTES(0 or 18-)\n");
+  std::fprintf(stderr, "usage: battery FEED SEED ROUNDS(1-10) LOG2_BYTES(0 or 20-)\n");
   return 2;
 }
 
@@ -15,7 +15,7 @@ int main(int argc, char** argv) {
   if (argc != 5) return usage();
   const int rounds = std::atoi(argv[3]), log2_bytes = std::atoi(argv[4]);
   Feed feed(argv[1], std::strtoull(argv[2], nullptr, 10), rounds);
-  if (feed.order == kUnknown || rounds < 1 || rounds > 10 || (log2_bytes && log2_bytes < 18))
+  if (feed.order == kUnknown || rounds < 1 || rounds > 10 || (log2_bytes && log2_bytes < 20))
     return usage();
   std::vector<uint32_t> words(kBuffer);
   if (!log2_bytes) {
@@ -32,9 +32,9 @@ int main(int argc, char** argv) {
   std::vector<Weights> weights;
   for (int stride : {1, 4, 64, 1024}) weights.emplace_back(stride);
   Correlations correlations;
-  Birthdays birthdays;
-  Ranks<256> small(32);
-  auto large = std::make_unique<Ranks<1024>>(64);
+  Birthdays birthdays(log2_bytes);
+  Ranks<256> small(log2_bytes, 65536);
+  auto large = std::make_unique<Ranks<1024>>(log2_bytes, 4096);
   Tails tails;
 
   for (uint64_t done = 0; done < uint64_t{1} << (log2_bytes - 2); done += kBuffer) {
