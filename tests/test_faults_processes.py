@@ -26,6 +26,7 @@ import os, signal, sys, torch, fastdiff
 from fastdiff import ops, schedules, solvers
 torch.set_num_threads(3)
 x = torch.sin(torch.arange(4 * 96 * 1024) / 7.0).view(4, 96, 32, 32)
+half = 0.5 * x
 table = solvers.build("ddpm", schedules.linear(), 4)
 def results():
     return [
@@ -36,7 +37,7 @@ def results():
         ops.reparameterize(x, x, 0)[0],
         ops.add_noise(x, 0, 0.5, 0.5)[0],
         ops.modulate(x.view(4, 96, 1024)),
-        ops.guidance_rescale(x, x * 0.5, 3.0, 0.7),
+        ops.guidance_rescale(x, half, 3.0, 0.7),
     ]
 before = results()
 read, write = os.pipe()
@@ -49,6 +50,7 @@ if child == 0:
             for a, b in zip(before, after)]
     os.write(write, repr(same).encode())
     os._exit(0)
+os.close(write)
 print(os.waitpid(child, 0)[1], os.read(read, 1000).decode())
 print(all(torch.equal(a, b) for a, b in zip(before, results())))
 """
