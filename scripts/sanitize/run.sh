@@ -26,7 +26,7 @@ if [ ! -d "$site/fastdiff" ]; then
     isolation=(--no-build-isolation)
   fi
   "$python" -m pip install --quiet --no-deps "${isolation[@]}" --target "$site" \
-    -C "cmake.define.FASTDIFF_SANITIZE=$flags" "$root"
+    -C install.strip=false -C "cmake.define.FASTDIFF_SANITIZE=$flags" "$root"
 fi
 
 # what is compiled at run time has no part in the extension, and takes minutes here
@@ -45,12 +45,24 @@ done
 # looked for: Python and torch leave memory to the end of the process. ThreadSanitizer's layout of
 # memory allows for less random addresses than kernels give. Its threads are its own: torch's would
 # wait for each other in libgomp, where it does not look.
+sanitized() {
+  LD_PRELOAD="$(gcc -print-file-name=$library) $(gcc -print-file-name=libstdc++.so.6)" \
+  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+  UBSAN_OPTIONS=print_stacktrace=1 \
+  TSAN_OPTIONS="halt_on_error=1:ignore_noninstrumented_modules=1" \
+  OMP_NUM_THREADS="$([ "$kind" = thread ] && echo 1 || echo 3)" \
+  PYTHONPATH="$site:$root/scripts/sanitize" PYTHONDONTWRITEBYTECODE=1 \
+    setarch -R "$python" "$@"
+}
+
 cd "$site"
-LD_PRELOAD="$(gcc -print-file-name=$library) $(gcc -print-file-name=libstdc++.so.6)" \
-ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
-UBSAN_OPTIONS=print_stacktrace=1 \
-TSAN_OPTIONS="halt_on_error=1:ignore_noninstrumented_modules=1" \
-OMP_NUM_THREADS="$([ "$kind" = thread ] && echo 1 || echo 3)" \
-PYTHONPATH="$site:$root/scripts/sanitize" PYTHONDONTWRITEBYTECODE=1 \
-  setarch -R "$python" -m pytest -q -p one_in -p no:cacheprovider -c "$root/pyproject.toml" \
-  --rootdir "$root" -k "not compil and not opcheck and not hundred_million" "$@" "${tests[@]}"
+if sanitized "$root/scripts/sanitize/control.py" "$kind" 2>"$site/control.log" ||
+  ! grep -q "SUMMARY: .*Sanitizer" "$site/control.log"; then
+  cat "$site/control.log" >&2
+  echo "sanitize: the control must be stopped by the sanitizer, and was not" >&2
+  exit 1
+fi
+grep "SUMMARY: .*Sanitizer" "$site/control.log" | sed 's/^/as it must be: /'
+
+sanitized -m pytest -q -p one_in -p no:cacheprovider -c "$root/pyproject.toml" --rootdir "$root" \
+  -k "not compil and not opcheck and not hundred_million" "$@" "${tests[@]}"
