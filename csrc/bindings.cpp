@@ -21,6 +21,8 @@ extern "C" const FdKernels fd_kernels_avx512;
 extern "C" const FdKernels fd_kernels_avx512_bf16;
 #endif
 
+bool fd_forked = false;
+
 namespace {
 
 // Best first.
@@ -262,6 +264,7 @@ NB_MODULE(_cpu, m) {
   m.def("isas", &isas, "Instruction sets of this CPU that the build has, best first.");
   m.def("isa", [] { return active->name; }, "The instruction set in use.");
   m.def("set_isa", &set_isa, "Use this instruction set from now on.");
+  m.def("forked", [] { fd_forked = true; }, "Use one thread from now on; for a forked child.");
   m.def("noise", &noise);
   m.def("add_noise", &add_noise);
   m.def("brownian", &brownian);

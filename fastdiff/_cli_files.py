@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ import torch
 
 from fastdiff import _ranks, backends
 from fastdiff._cli_sample import BATCH, Job, labels_of, load_job, parse_seeds, report
+from fastdiff._files import written_whole
 from fastdiff.data import save_image
 from fastdiff.ops.noise import as_seeds
 from fastdiff.version import __version__
@@ -122,9 +122,8 @@ def prepare(args: argparse.Namespace, job: Job, work: Work, batch: int) -> tuple
         # of an earlier run: this one, killed and resumed, would take them for its own
         for path in work.paths.values():
             path.unlink(missing_ok=True)
-    part = folder / f".{MANIFEST}.part"
-    part.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, folder / MANIFEST)
+    with written_whole(folder / MANIFEST) as part:
+        part.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
     missing = [len(work.missing(unit)) for unit in range(len(work.units))]
     return [unit for unit, count in enumerate(missing) if count], len(work.paths) - sum(missing)
 

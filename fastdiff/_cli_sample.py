@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import _ranks, backends, checkpoints, ops, schedules, solvers
+from fastdiff._files import written_whole
 from fastdiff.data import save_grid
 from fastdiff.models import LatentDiffusion
 from fastdiff.ops.noise import Stream, as_seeds
@@ -259,7 +260,7 @@ def _picture(args: argparse.Namespace) -> int:
         save_grid(torch.stack(x0s, dim=1).flatten(0, 1), strip, len(x0s))
     if save is not None:
         # through a handle: np.savez would add a suffix to the name that was checked
-        with save.open("wb") as handle:
+        with written_whole(save) as part, part.open("wb") as handle:
             of: dict[str, Any] = {} if None in label else {"label": np.array(label)}
             np.savez(handle, images=images.numpy(), seed=every_seed, **of)
     done = clock()

@@ -7,6 +7,7 @@ None. A forced backend runs or raises; only "auto" chooses.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -52,13 +53,23 @@ def _cpu_reason() -> str | None:
     return _native.missing
 
 
+def _broken(module: str) -> str | None:
+    """Why a module that is there cannot be imported, or None. A package may fail in any way: built
+    for another Python, cut short by a full disk, at odds with the driver."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:
+        return f"{module} cannot be imported ({type(error).__name__}: {error})"
+    return None
+
+
 def _triton_reason() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     import torch
 
     if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
-        return None
+        return _broken("triton") or _broken("fastdiff.kernels._common")
     return "no CUDA device is present (TRITON_INTERPRET=1 runs it on the CPU, slowly)"
 
 
@@ -71,7 +82,9 @@ def _cuda_reason() -> str | None:
         found = importlib.util.find_spec("cuda.core") is not None
     except ModuleNotFoundError:
         found = False
-    return None if found else "cuda-core is not installed (pip install 'fastdiff-sampler[cuda]')"
+    if not found:
+        return "cuda-core is not installed (pip install 'fastdiff-sampler[cuda]')"
+    return _broken("cuda.core")
 
 
 # Name -> reason why it cannot run on this machine at all, or None.

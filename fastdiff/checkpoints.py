@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from fastdiff import schedules
+from fastdiff._files import written_whole
 from fastdiff.formats import diffusers, guided_diffusion, hub
 from fastdiff.formats.files import read_weights
 from fastdiff.models import (
@@ -96,10 +96,7 @@ def save(
             raise ValueError(f"save: model must be finite in float16, got {name} that is not")
     path = Path(path)
     path = path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
-    part = path.with_name(path.name + ".part")
     raw = to_bytes(state, {"format": "pt"})
-    # not save_file, which leaves a file that only its owner may read
-    part.write_bytes(raw)
     config: UNetConfig = model.config  # type: ignore[assignment]
     full = {
         **card,
@@ -111,10 +108,10 @@ def save(
     }
     text = json.dumps(full, indent=1, allow_nan=False) + "\n"
     # between the two renames the pair does not match, which the sha256 then tells
-    card_part = path.with_suffix(".json.part")
-    card_part.write_text(text, encoding="utf-8")
-    os.replace(card_part, path.with_suffix(".json"))
-    os.replace(part, path)
+    with written_whole(path) as part, written_whole(path.with_suffix(".json")) as card_part:
+        # not save_file, which leaves a file that only its owner may read
+        part.write_bytes(raw)
+        card_part.write_text(text, encoding="utf-8")
     return path
 
 

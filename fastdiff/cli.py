@@ -91,26 +91,32 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status, 2 for what the user can mend."""
+    """Entry point; returns the exit status: 2 for what the user can mend, 130 after Ctrl-C."""
     try:
         try:
             return _main(list(sys.argv[1:] if argv is None else argv))
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:
-        # the reader, such as head, has gone; what is left in the buffer is flushed at exit
+    except OSError as error:
+        # of the output itself: what is left in the buffer is flushed at exit, to nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        if isinstance(error, BrokenPipeError):  # the reader, such as head, has gone
+            return 1
+        print(f"fastdiff: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fastdiff: interrupted; what was written is whole", file=sys.stderr)
+        return 130  # as a shell says of a program that Ctrl-C ended
 
 
 def _main(words: list[str]) -> int:
-    if words[:1] == ["train"]:
-        from fastdiff import training
-
-        return training.main(words[1:])
-    args = _parser().parse_args(words)
-    args.words = words
     try:
+        if words[:1] == ["train"]:
+            from fastdiff import training
+
+            return training.main(words[1:])
+        args = _parser().parse_args(words)
+        args.words = words
         return int(args.run(args))
     except BrokenPipeError:
         raise

@@ -8,6 +8,9 @@
 
 #include "../half.h"
 
+// True in a forked child: libgomp would wait there for threads that only the parent has, for ever.
+extern "C" bool fd_forked;
+
 // Positions in NORMS of fastdiff/reference/modulate.py.
 enum FdNorm : int { kNoNorm = 0, kLayerNorm = 1, kRmsNorm = 2 };
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
+
+from fastdiff._files import written_whole
 
 __all__ = ["encode_png", "save_grid", "save_image"]
 
@@ -32,7 +33,12 @@ def save_grid(images: Tensor, path: str | Path, columns: int) -> None:
     grid[:n] = _bytes(images)
     pixels = grid.view(rows, columns, c, h, w).permute(0, 3, 1, 4, 2)
     pixels = pixels.reshape(rows * h, columns * w, c).squeeze(-1)
-    Image.fromarray(pixels.numpy()).save(path)
+    path = Path(path)
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind is None:
+        raise ValueError(f"data: path must end like a picture, in .png or such, got {path}")
+    with written_whole(path) as part:
+        Image.fromarray(pixels.numpy()).save(part, format=kind)
 
 
 def save_image(image: Tensor, path: str | Path) -> None:
@@ -43,13 +49,8 @@ def save_image(image: Tensor, path: str | Path) -> None:
         path: the file to write or to replace, in an existing folder.
     """
     picture = _picture(image)
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with written_whole(Path(path)) as part:
         picture.save(part, format="PNG")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def encode_png(image: Tensor) -> bytes:

@@ -19,6 +19,8 @@ except ImportError as error:
         "install with a C++ compiler present to build it"
     )
 else:
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=extension.forked)
     if "FASTDIFF_CPU_ISA" in os.environ:
         extension.set_isa(os.environ["FASTDIFF_CPU_ISA"])
 

@@ -8,7 +8,6 @@ uninterrupted one, and a checkpoint needs no generator state.
 from __future__ import annotations
 
 import math
-import os
 import platform
 import sys
 import time
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastdiff import checkpoints, data
+from fastdiff._files import written_whole
 from fastdiff.training.config import TrainConfig, progress_of
 from fastdiff.training.diffusion import Diffusion
 from fastdiff.training.latent import AutoencoderTraining, LatentDiffusionTraining
@@ -130,9 +130,12 @@ class Run:
             "elapsed": self.elapsed,
             "losses": torch.tensor(self.losses),
         }
-        part = path.with_suffix(".part")
-        torch.save(state, part)
-        os.replace(part, path)
+        with written_whole(path) as part:
+            try:
+                torch.save(state, part)
+            except RuntimeError as error:  # of torch's own writer, on a full disk for one
+                reason = str(error).partition("\n")[0]
+                raise OSError(f"train: {path} must have room on its disk, got {reason}") from error
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint that `save` wrote."""
