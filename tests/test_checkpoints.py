@@ -204,10 +204,15 @@ def test_what_save_refuses(saved, tmp_path):
     assert not (tmp_path / "x.safetensors").exists()
 
 
-def test_shipped_checkpoints():
-    for name in checkpoints.names():
-        model, schedule, card = checkpoints.load(name)
-        assert (checkpoints.ASSETS / f"{name}.safetensors").stat().st_size <= 6_000_000
-        assert card["name"] == name
-        x, t = torch.zeros(1, 1, 32, 32), torch.tensor([schedule.t_max])
-        assert model(x, t, torch.tensor([0])).isfinite().all()
+# bytes that each may take of what a user downloads
+@pytest.mark.parametrize(("name", "most"), [("emoji", 12_000_000), ("fashion", 6_000_000)])
+def test_shipped_checkpoints(name, most):
+    assert name in checkpoints.names()
+    model, schedule, card = checkpoints.load(name)
+    assert (checkpoints.ASSETS / f"{name}.safetensors").stat().st_size <= most
+    assert card["name"] == name
+    assert {"name", "source", "licence"} <= set(card["data"])
+    assert {"command", "machine", "steps", "minutes"} <= set(card["training"])
+    x, t = torch.zeros(1, *card["sampling"]["shape"]), torch.tensor([schedule.t_max])
+    for label in (-1, len(card["classes"]) - 1):
+        assert model(x, t, torch.tensor([label])).isfinite().all()
