@@ -21,11 +21,13 @@ class VAETraining(Objective):
     memory_format = torch.contiguous_format
 
     def build(self) -> nn.Module:
-        c = self.config
+        c, own = self.config, {}
+        if c.model == "vae-conv":
+            own = {"channels": c.channels}
         return VAE(VAEConfig(
             kind=c.model.removeprefix("vae-"), in_channels=self.images.shape[1],
-            image_size=self.images.shape[2], latent=c.latent, hidden=c.hidden, channels=c.channels,
-            likelihood=c.likelihood, scale=c.scale,
+            image_size=self.images.shape[2], latent=c.latent, hidden=c.hidden,
+            likelihood=c.likelihood, scale=c.scale, **own,
         ))  # fmt: skip
 
     def loss(self, model: nn.Module, index: Tensor, step: int) -> Tensor:
