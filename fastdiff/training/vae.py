@@ -21,13 +21,13 @@ class VAETraining(Objective):
     memory_format = torch.contiguous_format
 
     def build(self) -> nn.Module:
-        c, own = self.config, {}
-        if c.model == "vae-conv":
-            own = {"channels": c.channels}
+        c = self.config
+        # the MLP has none
+        channels = c.channels if c.model == "vae-conv" else VAEConfig.channels
         return VAE(VAEConfig(
             kind=c.model.removeprefix("vae-"), in_channels=self.images.shape[1],
-            image_size=self.images.shape[2], latent=c.latent, hidden=c.hidden,
-            likelihood=c.likelihood, scale=c.scale, **own,
+            image_size=self.images.shape[2], latent=c.latent, hidden=c.hidden, channels=channels,
+            likelihood=c.likelihood, scale=c.scale,
         ))  # fmt: skip
 
     def loss(self, model: nn.Module, index: Tensor, step: int) -> Tensor:
