@@ -17,6 +17,7 @@ from fastdiff.models import (
     VAEConfig,
 )
 from fastdiff.reference import vae as reference
+from fastdiff.training import parse
 
 SMALL = {
     "mlp": VAEConfig(hidden=8, latent=3, image_size=12),
@@ -143,6 +144,24 @@ def test_elbo_command_fills_the_card(folder_of_squares, tmp_path, capsys):
     assert f"ELBO {metrics['elbo']:.2f}" in capsys.readouterr().out
     # an untrained decoder finds each pixel about as likely white as black
     assert metrics["elbo"] == pytest.approx(-784 * math.log(2), abs=40)
+
+
+def test_shipped_vae():
+    path = checkpoints.ASSETS / "vae-mlp.safetensors"
+    assert path.stat().st_size <= 3_000_000
+    model, _, card = checkpoints.load("vae-mlp")
+    assert model.config == VAEConfig()
+    training, metrics = card["training"], card["metrics"]
+    assert "threads: 1" in training["machine"] and training["minutes"] <= 45
+    assert parse(training["command"].split()[2:]).model == "vae-mlp"
+    # of the whole test split, and no bound above the one that it bounds
+    assert metrics["n"] == 10_000 and metrics["elbo"] <= metrics["iwae"] < 0
+    # unseen images are found less probable than those it learnt from, but not by much
+    learnt = sum(training["loss"][-10:]) / 10
+    assert 0 < -metrics["elbo"] - learnt < 0.03 * learnt
+    images = model.images(range(16))
+    # black around things that are not
+    assert images[..., :2, :].mean() < -0.8 and images[:, :, 10:18, 10:18].mean() > -0.3
 
 
 @pytest.fixture

@@ -22,9 +22,11 @@ class VAETraining(Objective):
 
     def build(self) -> nn.Module:
         c = self.config
+        # the MLP has none
+        channels = c.channels if c.model == "vae-conv" else VAEConfig.channels
         return VAE(VAEConfig(
             kind=c.model.removeprefix("vae-"), in_channels=self.images.shape[1],
-            image_size=self.images.shape[2], latent=c.latent, hidden=c.hidden, channels=c.channels,
+            image_size=self.images.shape[2], latent=c.latent, hidden=c.hidden, channels=channels,
             likelihood=c.likelihood, scale=c.scale,
         ))  # fmt: skip
 
