@@ -88,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     distance, index = nearest(samples, images)
     result: dict[str, Any] = {
         "n": args.n,
+        "solver": how["solver"],
         "steps": args.steps,
         "guidance": how["guidance"],
         "samples_to_training": summary(distance),

@@ -30,7 +30,10 @@ BATCH = 64
 def add_arguments(s: argparse.ArgumentParser) -> None:
     """The options of the command."""
     s.add_argument("--model", default="fashion", help="shipped name or .safetensors path")
-    s.add_argument("--solver", default="dpmpp_2m", help="see `fastdiff solvers`")
+    s.add_argument(
+        "--solver", default=None,
+        help="see `fastdiff solvers`; default: the card's, or dpmpp_2m if it names none",
+    )  # fmt: skip
     s.add_argument("--steps", type=int, default=20)
     names = dict.fromkeys(name for every in schedules.SPACINGS.values() for name in every)
     s.add_argument("--spacing", default=None, help=f"of the steps in time: {', '.join(names)}")
@@ -209,7 +212,7 @@ def _load(args: argparse.Namespace) -> Job:
     if not classes and args.label is not None:
         raise ValueError(f"sample: label must not be given, {args.model} has no classes")
     table = solvers.build(
-        args.solver,
+        args.solver or card["sampling"].get("solver", "dpmpp_2m"),
         schedule,
         args.steps,
         prediction=card["prediction"],
