@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -65,6 +65,54 @@ class Needs(NamedTuple):
     writes_anchor: bool
     history: int
     seeds: bool
+
+
+def is_number(value: object) -> bool:
+    """A real number that float64 holds."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) < 1 << 1023
+    return isinstance(value, (float, np.integer, np.floating))
+
+
+def check_types(rows: Any) -> None:
+    """Raises TypeError where something is not what a row is made of."""
+    if not isinstance(rows, Sequence):
+        raise TypeError(f"StepTable: rows must be a sequence, got {type(rows).__name__}")
+    for i, row in enumerate(rows):
+        if not isinstance(row, Row):
+            raise TypeError(f"StepTable: row {i} must be a Row, got {type(row).__name__}")
+        for name, rule, ok in (
+            ("x", "map terms to numbers", _terms(row.x)),
+            ("y", "map terms to numbers, or be None", row.y is None or _terms(row.y)),
+            ("convert", "be two numbers", _numbers(row.convert, 2)),
+            ("push", "be a bool or two numbers", type(row.push) is bool or _numbers(row.push, 2)),
+            (
+                "log_variance",
+                "be None or two numbers",
+                row.log_variance is None or _numbers(row.log_variance, 2),
+            ),
+            ("draws", "be pairs of integers", _pairs(row.draws)),
+            ("c_in, time, alpha, sigma", "be numbers",
+             _numbers((row.c_in, row.time, row.alpha, row.sigma), 4)),
+        ):  # fmt: skip
+            if not ok:
+                raise TypeError(f"StepTable: {name} of row {i} must {rule}, got {row}")
+
+
+def _terms(value: object) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(k, str) and is_number(c) for k, c in value.items()
+    )
+
+
+def _numbers(value: object, count: int) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == count and all(map(is_number, value))
+
+
+def _pairs(value: object) -> bool:
+    return isinstance(value, (tuple, list)) and all(
+        _numbers(d, 2) and all(isinstance(part, (int, np.integer)) for part in d) for d in value
+    )
 
 
 def lay(

@@ -114,14 +114,14 @@ def card(data: bytes) -> None:
 
 def scheduler(data: bytes) -> None:
     """A scheduler's config of diffusers."""
-    from fastdiff.formats.diffusers import _as_written
+    from fastdiff.formats.diffusers import as_written
     from fastdiff.formats.schedulers import read_scheduler
 
     path = _folder / "scheduler_config.json"
     path.write_bytes(data)
     with refusing():
         config = read_json(path)
-        with _as_written(path):
+        with as_written(path):
             read_scheduler(config)
 
 
