@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import io
 import json
 import os
 import re
@@ -143,7 +144,7 @@ def cli(data: bytes) -> None:
     parser = argparse.ArgumentParser(exit_on_error=False, add_help=False)
     _cli_sample.add_arguments(parser)
     try:
-        with contextlib.redirect_stderr(None):
+        with contextlib.redirect_stderr(io.StringIO()):
             args = parser.parse_args(words)
     except (SystemExit, argparse.ArgumentError):
         return
@@ -169,7 +170,9 @@ def table(data: bytes) -> None:
         return
     names = set(Row.__dataclass_fields__)
     with refusing():
-        made = StepTable("fuzz", tuple(Row(**{k: r[k] for k in r if k in names}) for r in rows))
+        made = StepTable(
+            "fuzz", tuple(Row(**{"x": {}} | {k: r[k] for k in r if k in names}) for r in rows)
+        )
         for clip in (False, True):
             if not bool(made.packed(clip=clip).floats.isfinite().all()):
                 raise AssertionError("a coefficient is not finite")
