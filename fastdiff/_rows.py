@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -174,7 +175,7 @@ def _check(name: str, i: int, row: Row, pushed: int, anchored: bool) -> None:
         raise ValueError(f"{where} draw noise at most twice, got {len(row.draws)} draws")
     if row.push is not False and not row.evaluates:
         raise ValueError(f"{where} evaluate the model to push a prediction, got push=True")
-    if row.evaluates and not np.isfinite(row.time):
+    if row.evaluates and not math.isfinite(row.time):
         raise ValueError(f"{where} have a finite time to evaluate the model at, got {row.time}")
 
 

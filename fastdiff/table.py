@@ -15,6 +15,7 @@ can draw the same noise again.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -130,7 +131,7 @@ class StepTable(Packing):
         if not is_number(self.init_sigma):
             got = type(self.init_sigma).__name__
             raise TypeError(f"StepTable: init_sigma must be a number, got {got}")
-        if not (np.isfinite(self.init_sigma) and self.init_sigma >= 0):
+        if not (math.isfinite(self.init_sigma) and self.init_sigma >= 0):
             raise ValueError(
                 f"StepTable: init_sigma must be finite and not negative, got {self.init_sigma}"
             )

@@ -105,8 +105,8 @@ REFUSED = {
         "row 0 of t must be finite in float32",
     ),
     "option of another type": (
-        lambda: solvers.build("restart", fastdiff.schedules.edm(), 9, prediction="sample",
-                              s_noise="a"), TypeError, "restart: options",
+        lambda: solvers.build("ddim", fastdiff.schedules.edm(), 9, prediction="sample", rho="a"),
+        TypeError, "build: options must be of the types",
     ),
     "sigma beyond the noise scale": (
         lambda: solvers.build("er_sde", fastdiff.schedules.edm(0.1, 1e14), 3, prediction="sample"),

@@ -116,24 +116,21 @@ def test_every_solver_at_any_number_of_steps(name, steps, seed):
 
 
 @more
-@given(ALONE.filter(lambda name: name != "er_sde"), st.integers(1, 12),
+@given(ALONE.filter(lambda name: not name.startswith(("er_sde", "flow_"))), st.integers(1, 12),
        st.sampled_from((2.0**-40, 2.0**-7, 2.0**7, 2.0**40)))  # fmt: skip
 def test_scaling_of_the_edm_form(name, steps, factor):
     """With x = x0 + sigma*noise, data and all sigmas times a power of two give x times it.
 
-    Bits, not roundings: but for the clock of the model, nothing in a row knows a length.
+    Nothing in a row knows a length, but for er_sde, whose noise scale is a function of sigma; the
+    "flow_" solvers want another schedule.
     """
-    try:
-        one, scaled = (
-            solvers.build(
-                name, schedules.edm(0.002 * k, 80.0 * k, 0.5 * k), steps, prediction="sample",
-                spacing="karras",
-            )
-            for k in (1.0, factor)
-        )  # fmt: skip
-    except ValueError as error:
-        assert ": " in str(error)
-        return
+    one, scaled = (
+        solvers.build(
+            name, schedules.edm(0.002 * k, 80.0 * k, 0.5 * k), steps, prediction="sample",
+            spacing="karras",
+        )
+        for k in (1.0, factor)
+    )  # fmt: skip
     rng = np.random.default_rng(steps)
     x, target = values(rng, (2, 33), False), values(rng, (2, 33), False)
     ends = []

@@ -90,7 +90,7 @@ def main() -> None:
     grown.mkdir(parents=True, exist_ok=True)
     seeds = ROOT / "tests" / "corpus" / name
     args = [
-        sys.argv[0], f"-artifact_prefix={grown.parent}/", "-timeout=20", "-max_len=4096",
+        sys.argv[0], f"-artifact_prefix={grown.parent}/", "-timeout=60", "-max_len=4096",
         "-rss_limit_mb=4096", *options, str(grown), str(seeds),
     ]  # fmt: skip
     if name in BINARY:
