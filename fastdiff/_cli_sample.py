@@ -241,12 +241,12 @@ def _advice(card: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     require(isinstance(card.get("prediction"), str), "prediction", "be a word", None)
     require(isinstance(sampling, dict), "sampling", "be an object", sampling)
     assert isinstance(sampling, dict) and isinstance(classes, list)  # as required
-    shape = sampling.get("shape")
+    shape: Any = sampling.get("shape")
     sized = isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape)
     sized = sized and len(shape) == 3 and math.prod(shape) <= MOST_ELEMENTS
     require(sized, "shape", f"be three sizes of at most {MOST_ELEMENTS} elements", shape)
     for name, least in (("guidance", -math.inf), ("clip", 0.0)):
-        value = sampling.get(name)
+        value: Any = sampling.get(name)
         number = type(value) in (int, float) and least <= value < math.inf
         absent = value is None and name == "clip"
         require(number or absent, name, "be a finite number", value)

@@ -38,7 +38,8 @@ def fits(floats: np.ndarray, ints: np.ndarray) -> np.ndarray:
     most = np.finfo(np.float32).max
     with np.errstate(invalid="ignore", over="ignore"):  # which is what is asked
         inside = [(np.abs(f) <= most).all(axis=1) for f in (floats, folded(floats, ints))]
-    return np.logical_and(*inside)
+    both: np.ndarray = inside[0] & inside[1]
+    return both
 
 
 class Packing:

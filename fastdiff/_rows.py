@@ -121,6 +121,11 @@ def lay(
 ) -> int:
     """Check and write rows [begin, end), one table; returns the history slots that it needs."""
     part = rows[begin:end]
+    for i, row in enumerate(part, begin):
+        unknown = sorted({*row.x, *(row.y or {})} - set(TERMS))
+        if unknown:
+            rule = f"use terms among {', '.join(TERMS)}, got {unknown[0]!r}"
+            raise ValueError(f"StepTable: row {i} of {name} must {rule}")
     depth = max((_age(k) + 1 for row in part for k in _used(row) if k[0] == "h"), default=0)
     pushed, anchored = 0, False
     push_row: list[int] = []
@@ -152,10 +157,6 @@ def _used(row: Row) -> list[str]:
 def _check(name: str, i: int, row: Row, pushed: int, anchored: bool) -> None:
     where = f"StepTable: row {i} of {name} must"
     used = _used(row)
-    for out in (row.x, row.y or {}):
-        unknown = sorted(set(out) - set(TERMS))
-        if unknown:
-            raise ValueError(f"{where} use terms among {', '.join(TERMS)}, got {unknown[0]!r}")
     for term in used:
         if term[0] == "h" and _age(term) >= min(pushed, HISTORY_SLOTS):
             raise ValueError(f"{where} read history that was pushed, got {term} after {pushed}")

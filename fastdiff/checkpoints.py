@@ -228,7 +228,7 @@ def _read_own(
         written, described = card["architecture"], card["schedule"]
         if not isinstance(written, dict) or not isinstance(described, (dict, type(None))):
             raise TypeError("architecture and schedule must be objects")
-        module, config_class = ARCHITECTURES[written.get("class")]
+        module, config_class = ARCHITECTURES[written["class"]]
         _check_times(described)
         schedule = None if described is None else schedules.from_config(described)
         config = config_class.from_config({k: v for k, v in written.items() if k != "class"})
