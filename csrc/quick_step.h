@@ -52,7 +52,7 @@ class QuickCall {
   // Where x' goes, a tensor that `check` has seen or a new one like x.
   bool check_out(nanobind::handle out, FdStepArgs& args) {
     Tensor t;
-    if (!same(out, t) || t.type() != kFloat32) return false;
+    if (!same(out, t) || t.type() != kFloat32 || !unread(t, true)) return false;
     args.out = reinterpret_cast<float*>(t.begin());
     const bool in_place = t.begin() == x_.begin();
     return in_place || apart(t);
@@ -77,12 +77,23 @@ class QuickCall {
     return true;
   }
 
+  // Shares no memory with a model tensor, or is, where it may, the whole of one of its type.
+  bool unread(const Tensor& t, bool whole) const {
+    const char *begin = t.begin(), *end = begin + t.bytes();
+    for (int i = 0; i < reads_; ++i) {
+      if (whole && begin == read_[i].begin && end == read_[i].end) continue;
+      if (begin < read_[i].end && read_[i].begin < end) return false;
+    }
+    return true;
+  }
+
   bool model_tensor(nanobind::handle object, const void*& data, int64_t& stride, int& type) {
     Tensor t;
     if (!same(object, t) || t.type() < kFloat32 || (type >= 0 && t.type() != type)) return false;
     data = t.begin();
     stride = t.count() / t.shape[0];
     type = t.type();
+    read_[reads_++] = {t.begin(), t.begin() + t.bytes()};
     return true;
   }
 
@@ -101,14 +112,15 @@ class QuickCall {
   bool states(const Needs& needs, FdStepArgs& args) {
     Tensor t;
     if (needs.anchor || needs.writes_anchor) {
-      if (!same(step_.y, t) || t.type() != kFloat32 || !apart(t)) return false;
+      if (!same(step_.y, t) || t.type() != kFloat32 || !apart(t) || !unread(t, false))
+        return false;
       args.y = reinterpret_cast<float*>(t.begin());
     }
     if (needs.history) {
       if (!tensors_.borrow(step_.history, &t) || !t.on_cpu() || t.type() != kFloat32 ||
           !t.shaped(x_, 1) || t.shape[0] < needs.history ||
           !(t.strides[0] == x_.count() || t.shape[0] == 1) || !t.entry().has_order(order_) ||
-          !apart(t))
+          !apart(t) || !unread(t, false))
         return false;
       constexpr int kSlots = sizeof(args.history) / sizeof(args.history[0]);
       for (int k = 0; k < t.shape[0] && k < kSlots; ++k)
@@ -121,7 +133,9 @@ class QuickCall {
       args.seeds = reinterpret_cast<const int64_t*>(t.begin());
     }
     if (!step_.model_input.is_none()) {
-      if (!same(step_.model_input, t) || t.type() < kFloat32 || !apart(t)) return false;
+      if (!same(step_.model_input, t) || t.type() < kFloat32 || !apart(t) ||
+          !unread(t, t.type() == args.output_dtype))
+        return false;
       args.model_input = t.begin();
       args.model_input_dtype = t.type();
     }
@@ -149,7 +163,8 @@ class QuickCall {
   Tensor x_;
   Order order_ = Order::kNone;
   Span written_[5];  // x, y, history, model_input, out
-  int spans_ = 0;
+  Span read_[3];     // output, uncond, variance
+  int spans_ = 0, reads_ = 0;
 };
 
 }  // namespace fd

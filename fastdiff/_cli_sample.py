@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import ast
+import math
 import os
+import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +28,9 @@ from fastdiff.table import StepTable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BATCH = 64
+MOST_SEEDS = 1_000_000
+MOST_ELEMENTS = 1 << 26  # of one sample: a card may say anything
+_RANGE = re.compile(r"([0-9]{1,20})(?:-([0-9]{1,20}))?")  # 2**64 has 20 digits
 
 
 def add_arguments(s: argparse.ArgumentParser) -> None:
@@ -76,12 +81,14 @@ def parse_seeds(text: str) -> list[int]:
     """
     seeds: list[int] = []
     for part in text.split(","):
-        low, dash, high = part.strip().partition("-")
-        if not low.isascii() or not low.isdigit() or (dash and not high.isdigit()):
+        match = _RANGE.fullmatch(part.strip())
+        if match is None:
             raise ValueError(f"sample: seeds must be like 0-7,42, got {text!r}")
-        first, last = int(low), int(high) if dash else int(low)
-        if last < first or last - first >= 1_000_000:
-            raise ValueError(f"sample: seeds must be rising ranges below 1e6 long, got {part!r}")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first or last - first >= MOST_SEEDS - len(seeds):
+            raise ValueError(
+                f"sample: seeds must be rising ranges of {MOST_SEEDS} in all, got {part!r}"
+            )
         seeds.extend(range(first, last + 1))
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"sample: seeds must differ, got {text!r}")
@@ -138,7 +145,8 @@ def parse_options(texts: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"sample: option must be like eta=0.5, got {text!r}")
         try:
             options[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        # a word; what is nested too deep, or no value that Python has
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             options[name] = value
     return options
 
@@ -216,23 +224,52 @@ def load_job(args: argparse.Namespace) -> Job:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if schedule is None:
         raise ValueError(f"sample: model must have a noise schedule, got {args.model} without one")
-    classes = list(card["classes"])
+    sampling, classes = _advice(card)
     if not classes and args.label is not None:
         raise ValueError(f"sample: label must not be given, {args.model} has no classes")
     table = solvers.build(
-        args.solver or card["sampling"].get("solver", "dpmpp_2m"),
+        args.solver or sampling.get("solver", "dpmpp_2m"),
         schedule,
         args.steps,
         prediction=card["prediction"],
         spacing=args.spacing,
         **parse_options(args.option),
     )
-    guidance = card["sampling"]["guidance"] if args.guidance is None else args.guidance
-    clip = card["sampling"].get("clip")
+    guidance = sampling["guidance"] if args.guidance is None else args.guidance
+    clip = sampling.get("clip")
     sampler = Sampler(model, table, guidance=guidance, clip=clip, device=args.device)
     labels = parse_labels(args.label, classes) if classes else [None]
     decode = model.decode if isinstance(model, LatentDiffusion) else None
-    return Job(sampler, table, card["sampling"]["shape"], labels, guidance, dtype, decode)
+    return Job(sampler, table, sampling["shape"], labels, guidance, dtype, decode)
+
+
+def _advice(card: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """How the card says to sample, and its classes.
+
+    Raises:
+        ValueError: it does not, or not in the words of `checkpoints.save`.
+    """
+
+    def require(ok: bool, name: str, rule: str, got: object) -> None:
+        if not ok:
+            raise ValueError(f"sample: {name} of the card must {rule}, got {got!r}")
+
+    sampling, classes = card.get("sampling"), card.get("classes")
+    named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    require(named, "classes", "be a list of names", classes)
+    require(isinstance(card.get("prediction"), str), "prediction", "be a word", None)
+    require(isinstance(sampling, dict), "sampling", "be an object", sampling)
+    assert isinstance(sampling, dict) and isinstance(classes, list)  # as required
+    shape: Any = sampling.get("shape")
+    sized = isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape)
+    sized = sized and len(shape) == 3 and math.prod(shape) <= MOST_ELEMENTS
+    require(sized, "shape", f"be three sizes of at most {MOST_ELEMENTS} elements", shape)
+    for name, least in (("guidance", -math.inf), ("clip", 0.0)):
+        value: Any = sampling.get(name)
+        number = type(value) in (int, float) and least <= value < math.inf
+        absent = value is None and name == "clip"
+        require(number or absent, name, "be a finite number", value)
+    return sampling, classes
 
 
 def _picture(args: argparse.Namespace) -> int:

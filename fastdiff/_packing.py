@@ -17,6 +17,31 @@ class Packed(NamedTuple):
     ints: torch.Tensor  # (rows, ROW_INTS) int32
 
 
+def folded(floats: np.ndarray, ints: np.ndarray) -> np.ndarray:
+    """A copy of the rows as they run where nothing is clipped.
+
+    There the converted prediction is affine in x and m, so where no row pushes it it is folded into
+    their coefficients, in float64: fewer roundings and no second pass.
+    """
+    floats = floats.copy()
+    fold = ints[:, PUSH] < 0
+    for start in (A, B):
+        d = floats[:, start + TERMS.index("d")]
+        floats[fold, start + TERMS.index("x")] += (d * floats[:, P])[fold]
+        floats[fold, start + TERMS.index("m")] += (d * floats[:, Q])[fold]
+        d[fold] = 0.0
+    return floats
+
+
+def fits(floats: np.ndarray, ints: np.ndarray) -> np.ndarray:
+    """(rows,) whether float32 holds every coefficient of a row, folded or not; NaN it does not."""
+    most = np.finfo(np.float32).max
+    with np.errstate(invalid="ignore", over="ignore"):  # which is what is asked
+        inside = [(np.abs(f) <= most).all(axis=1) for f in (floats, folded(floats, ints))]
+    both: np.ndarray = inside[0] & inside[1]
+    return both
+
+
 class Packing:
     """Rows that `ops.reverse_step` runs.
 
@@ -41,22 +66,11 @@ class Packing:
         clip: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> Packed:
-        """The rows rounded once to ``dtype`` on ``device``; made on first use, then kept.
-
-        Without clipping the converted prediction is affine in x and m, so where no row pushes it
-        it is folded into their coefficients, in float64: fewer roundings and no second pass.
-        """
+        """The rows rounded once to ``dtype`` on ``device``; made on first use, then kept."""
         key = (clip, device if isinstance(device, torch.device) else torch.device(device), dtype)
         found = self._packed.get(key)
         if found is None:
-            floats = self.floats.copy()
-            if not clip:
-                fold = self.ints[:, PUSH] < 0
-                for start in (A, B):
-                    d = floats[:, start + TERMS.index("d")]
-                    floats[fold, start + TERMS.index("x")] += (d * floats[:, P])[fold]
-                    floats[fold, start + TERMS.index("m")] += (d * floats[:, Q])[fold]
-                    d[fold] = 0.0
+            floats = self.floats.copy() if clip else folded(self.floats, self.ints)
             found = self._packed[key] = Packed(
                 torch.from_numpy(floats).to(key[1], dtype),
                 torch.from_numpy(self.ints.copy()).to(key[1]),
@@ -99,7 +113,7 @@ class SlotRows(Packing):
 
     def __init__(self, floats: np.ndarray, ints: np.ndarray, *, variance: bool = False) -> None:
         floats[:, C_IN] = 1.0
-        if not (np.abs(floats) <= np.finfo(np.float32).max).all():  # NaN is not
+        if not fits(floats, ints).all():
             raise ValueError(f"SlotRows: floats must be finite in float32, got {floats}")
         self.floats, self.ints, self._packed = floats, ints, {}
         reads = (floats[:, A : A + len(TERMS)] != 0.0) | (floats[:, B : B + len(TERMS)] != 0.0)

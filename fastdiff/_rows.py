@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -67,11 +68,64 @@ class Needs(NamedTuple):
     seeds: bool
 
 
+def is_number(value: object) -> bool:
+    """A real number that float64 holds."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) < 1 << 1023
+    return isinstance(value, (float, np.integer, np.floating))
+
+
+def check_types(rows: Any) -> None:
+    """Raises TypeError where something is not what a row is made of."""
+    if not isinstance(rows, Sequence):
+        raise TypeError(f"StepTable: rows must be a sequence, got {type(rows).__name__}")
+    for i, row in enumerate(rows):
+        if not isinstance(row, Row):
+            raise TypeError(f"StepTable: row {i} must be a Row, got {type(row).__name__}")
+        for name, rule, ok in (
+            ("x", "map terms to numbers", _terms(row.x)),
+            ("y", "map terms to numbers, or be None", row.y is None or _terms(row.y)),
+            ("convert", "be two numbers", _numbers(row.convert, 2)),
+            ("push", "be a bool or two numbers", type(row.push) is bool or _numbers(row.push, 2)),
+            (
+                "log_variance",
+                "be None or two numbers",
+                row.log_variance is None or _numbers(row.log_variance, 2),
+            ),
+            ("draws", "be pairs of integers", _pairs(row.draws)),
+            ("c_in, time, alpha, sigma", "be numbers",
+             _numbers((row.c_in, row.time, row.alpha, row.sigma), 4)),
+        ):  # fmt: skip
+            if not ok:
+                raise TypeError(f"StepTable: {name} of row {i} must {rule}, got {row}")
+
+
+def _terms(value: object) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(k, str) and is_number(c) for k, c in value.items()
+    )
+
+
+def _numbers(value: object, count: int) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == count and all(map(is_number, value))
+
+
+def _pairs(value: object) -> bool:
+    return isinstance(value, (tuple, list)) and all(
+        _numbers(d, 2) and all(isinstance(part, (int, np.integer)) for part in d) for d in value
+    )
+
+
 def lay(
     name: str, rows: tuple[Row, ...], begin: int, end: int, floats: np.ndarray, ints: np.ndarray
 ) -> int:
     """Check and write rows [begin, end), one table; returns the history slots that it needs."""
     part = rows[begin:end]
+    for i, row in enumerate(part, begin):
+        unknown = sorted({*row.x, *(row.y or {})} - set(TERMS))
+        if unknown:
+            rule = f"use terms among {', '.join(TERMS)}, got {unknown[0]!r}"
+            raise ValueError(f"StepTable: row {i} of {name} must {rule}")
     depth = max((_age(k) + 1 for row in part for k in _used(row) if k[0] == "h"), default=0)
     pushed, anchored = 0, False
     push_row: list[int] = []
@@ -103,10 +157,6 @@ def _used(row: Row) -> list[str]:
 def _check(name: str, i: int, row: Row, pushed: int, anchored: bool) -> None:
     where = f"StepTable: row {i} of {name} must"
     used = _used(row)
-    for out in (row.x, row.y or {}):
-        unknown = sorted(set(out) - set(TERMS))
-        if unknown:
-            raise ValueError(f"{where} use terms among {', '.join(TERMS)}, got {unknown[0]!r}")
     for term in used:
         if term[0] == "h" and _age(term) >= min(pushed, HISTORY_SLOTS):
             raise ValueError(f"{where} read history that was pushed, got {term} after {pushed}")
@@ -126,7 +176,7 @@ def _check(name: str, i: int, row: Row, pushed: int, anchored: bool) -> None:
         raise ValueError(f"{where} draw noise at most twice, got {len(row.draws)} draws")
     if row.push is not False and not row.evaluates:
         raise ValueError(f"{where} evaluate the model to push a prediction, got push=True")
-    if row.evaluates and not np.isfinite(row.time):
+    if row.evaluates and not math.isfinite(row.time):
         raise ValueError(f"{where} have a finite time to evaluate the model at, got {row.time}")
 
 

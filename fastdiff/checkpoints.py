@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from fastdiff import schedules
 from fastdiff._files import written_whole
 from fastdiff.formats import diffusers, guided_diffusion, hub
-from fastdiff.formats.files import read_weights
+from fastdiff.formats.files import read_json, read_weights
+from fastdiff.formats.schedulers import MOST_TIMES
 from fastdiff.models import (
     VAE,
     Autoencoder,
@@ -122,11 +123,16 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         ValueError: names or shapes differ; the message lists every one. The model is then as it
         was.
     """
+    model.load_state_dict(_fitting(model, weights))
+
+
+def _fitting(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights by today's names; errors as `load_weights`. The model may be on "meta"."""
     if isinstance(model, UNet):
         weights = model.upgrade_state_dict(weights)
     want = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     require_fit("load", want, weights)
-    model.load_state_dict(dict(weights))
+    return dict(weights)
 
 
 def fast_dtype(device: str | torch.device = "cpu") -> torch.dtype:
@@ -226,23 +232,35 @@ def _read_own(
     """What `save` wrote."""
     if not card_path.is_file():
         raise FileNotFoundError(f"load: path must have its card beside it, got no {card_path}")
-    try:
-        card: dict[str, Any] = json.loads(card_path.read_text(encoding="utf-8"))
-        architecture = dict(card["architecture"])
-        module, config = ARCHITECTURES[architecture.pop("class")]
-        described = card["schedule"]
-        schedule = None if described is None else schedules.from_config(described)
-        model = module(config.from_config(architecture))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(
-            f"load: card must be as save wrote it, got {card_path} ({reason})"
-        ) from error
+    card = read_json(card_path)
     if path.suffix == ".safetensors":
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         if digest != card.get("sha256"):
             raise ValueError(
                 f"load: weights must have the card's sha256 {card.get('sha256')}, got {digest}"
             )
-    load_weights(model, weights)
+    with diffusers.as_written(card_path, "save wrote"):
+        written, described = card["architecture"], card["schedule"]
+        if not isinstance(written, dict) or not isinstance(described, (dict, type(None))):
+            raise TypeError("architecture and schedule must be objects")
+        module, config_class = ARCHITECTURES[written["class"]]
+        _check_times(described)
+        schedule = None if described is None else schedules.from_config(described)
+        config = config_class.from_config({k: v for k, v in written.items() if k != "class"})
+        diffusers.require_bounds(config, weights, card_path)
+        # a number in a card may be a billion: nothing is allocated that the weights do not fill
+        with torch.device("meta"):
+            empty = module(config)
+        weights = _fitting(empty, weights)
+        model = module(config)
+    model.load_state_dict(weights)
     return model, schedule, card
+
+
+def _check_times(described: Any) -> None:
+    """Refuse a schedule of more times than memory is taken for, at any depth."""
+    while isinstance(described, Mapping):
+        count = described.get("T", 1)
+        if isinstance(count, (int, float)) and not count <= MOST_TIMES:
+            raise ValueError(f"load: T of the schedule must be at most {MOST_TIMES}, got {count}")
+        described = described.get("base")

@@ -15,6 +15,7 @@ can draw the same noise again.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fastdiff._packing import Packed, Packing
+from fastdiff._packing import Packed, Packing, fits
 from fastdiff._rows import (
     C_IN,
     COUNTER1,
@@ -47,6 +48,8 @@ from fastdiff._rows import (
     P,
     Q,
     Row,
+    check_types,
+    is_number,
     lay,
     needs_of,
 )
@@ -101,7 +104,8 @@ class StepTable(Packing):
         ints: (rows, ROW_INTS) int32; read-only.
 
     Raises:
-        ValueError: a row reads what no earlier row wrote, or holds a NaN or an infinity.
+        ValueError: a row reads what no earlier row wrote, or holds what float32 does not.
+        TypeError: a row is no `Row`, or a part of it no number.
     """
 
     name: str
@@ -120,10 +124,14 @@ class StepTable(Packing):
     )
 
     def __post_init__(self) -> None:
+        check_types(self.rows)
         rows = tuple(self.rows)
         if not rows:
             raise ValueError("StepTable: rows must not be empty, got 0 rows")
-        if not (np.isfinite(self.init_sigma) and self.init_sigma >= 0):
+        if not is_number(self.init_sigma):
+            got = type(self.init_sigma).__name__
+            raise TypeError(f"StepTable: init_sigma must be a number, got {got}")
+        if not (math.isfinite(self.init_sigma) and self.init_sigma >= 0):
             raise ValueError(
                 f"StepTable: init_sigma must be finite and not negative, got {self.init_sigma}"
             )
@@ -140,9 +148,9 @@ class StepTable(Packing):
             mine = lay(self.name, rows, begin, end, floats, ints)
             depth = max(depth, mine)
             needs += (needs_of(rows[i], mine, int(ints[i, PUSH])) for i in range(begin, end))
-        fits = np.abs(floats) <= np.finfo(np.float32).max  # NaN does not
-        if not fits.all():
-            bad = int(np.argwhere(~fits)[0, 0])
+        fit = fits(floats, ints)
+        if not fit.all():
+            bad = int(np.flatnonzero(~fit)[0])
             raise ValueError(
                 f"StepTable: row {bad} of {self.name} must be finite in float32, got {rows[bad]}"
             )

@@ -364,7 +364,11 @@ REFUSED: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
     "whole times": (TypeError, {"alpha": np.arange(3)}, "alpha must be a number, or a floating"),
     "sigma of two": (ValueError, {"sigma": torch.ones(2)}, "sigma must have shape () or (3,), got"),
     "column": (ValueError, {"alpha": torch.ones(3, 1)}, "alpha must have shape () or (3,), got"),
-    "not a number": (ValueError, {"sigma": math.nan}, "sigma must be finite, got nan"),
+    "not a number": (
+        ValueError,
+        {"sigma": math.nan},
+        "sigma must be finite in torch.float32",
+    ),
     "gradient": (ValueError, {"alpha": GRADIENT}, "alpha must not require a gradient, got one"),
     "seeds": (TypeError, {"seeds": 1.5}, "seeds must be integers, got float"),
     "seed count": (ValueError, {"seeds": [1]}, "seeds must have one entry a sample (3), got 1"),

@@ -182,7 +182,7 @@ WRONG: dict[str, tuple[tuple[Any, ...], type[Exception], str]] = {
     "device": ((T, T.to("meta"), 2.0, 0.7), ValueError, "uncond must have the device of output"),
     "weights": ((T, T, torch.ones(3), 0.7), ValueError, r"guidance must be a number or one a"),
     "weight": ((T, T, "2", 0.7), TypeError, "guidance must be a number, got str"),
-    "phi": ((T, T, 2.0, float("nan")), ValueError, "phi must be finite, got nan"),
+    "phi": ((T, T, 2.0, float("nan")), ValueError, "phi must be finite in float32, got nan"),
 }
 
 

@@ -24,7 +24,9 @@ from fastdiff.models import (
 )
 from fastdiff.schedules import Schedule
 
-__all__ = ["CONFIG", "PIPELINE", "SCHEDULER", "load_folder", "part_of"]
+__all__ = [
+    "CONFIG", "PIPELINE", "SCHEDULER", "as_written", "load_folder", "part_of", "require_bounds",
+]  # fmt: skip
 
 PIPELINE, CONFIG, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
 MOST_PATCHES = 1024  # a side
@@ -32,42 +34,48 @@ PARTS = ("unet", "transformer")  # of a pipeline: the model that denoises
 
 
 class _Kind(NamedTuple):
-    """How a class of diffusers becomes one of ours: its config, the module, its depth."""
+    """How a class of diffusers becomes one of ours: its config and the module."""
 
     config: Callable[[Mapping[str, Any]], Any]
     build: Callable[[Any, Mapping[str, Tensor]], nn.Module]
-    depth: Callable[[Any], int]
 
 
-def _levels(config: Any) -> int:
-    return int(config.blocks) * len(config.channels)
+def require_bounds(config: Any, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse what no weights bound, before anything is built: a number may be a billion.
 
+    Args:
+        config: of a `models.UNet`, `DiT` or `Autoencoder`.
+        path: the file that it was read from.
 
-def _dit_config(options: Mapping[str, Any]) -> DiTConfig:
-    config = DiTConfig(**_dit_keys.diffusers_config(options))
-    # positions are computed, so no weight says how many there are
-    if config.image_size // config.patch_size > MOST_PATCHES:
+    Raises:
+        ValueError: more layers than weights, or positions without end.
+    """
+    depth = config.depth if isinstance(config, DiTConfig) else config.blocks * len(config.channels)
+    if depth > len(weights):
         raise ValueError(
-            f"load: sample_size must be at most {MOST_PATCHES} patches, got {config.image_size}"
+            f"load: {path.name} must fit the weights, got {depth} layers for "
+            f"{len(weights)} tensors in {path.parent}"
         )
-    return config
+    # positions are computed, so no weight says how many there are
+    if isinstance(config, DiTConfig) and config.image_size // config.patch_size > MOST_PATCHES:
+        raise ValueError(
+            f"load: images of {path.name} must be at most {MOST_PATCHES} patches a side, got "
+            f"{config.image_size // config.patch_size}"
+        )
 
 
 KINDS: dict[str, _Kind] = {
     "AutoencoderKL": _Kind(
         lambda c: AutoencoderConfig(**_autoencoder_keys.diffusers_config(c)),
         lambda config, state: _autoencoder_keys.from_diffusers_weights(Autoencoder, config, state),
-        _levels,
     ),
     "DiTTransformer2DModel": _Kind(
-        _dit_config,
+        lambda c: DiTConfig(**_dit_keys.diffusers_config(c)),
         DiT._with_diffusers,
-        lambda config: int(config.depth),
     ),
     "UNet2DModel": _Kind(
         _unet_sources.diffusers_config,
         lambda config, state: _unet_sources.from_diffusers_weights(UNet, config, state),
-        _levels,
     ),
 }
 
@@ -123,18 +131,13 @@ def load_folder(
     written = read_json(part / CONFIG)
     kind = _kind(written, part / CONFIG)
     scheduler, described = _scheduler(folder, kind)
-    with _as_written(part / CONFIG):
+    with as_written(part / CONFIG):
         config = KINDS[kind].config({**written, **options})
         if scheduler is not None and scheduler.time_scale != 1:
             config = replace(config, time_scale=float(scheduler.time_scale))
     weights = read_shards(find_weights(part, variant))
-    # before anything is built: a number in the config may be a billion
-    if KINDS[kind].depth(config) > len(weights):
-        raise ValueError(
-            f"load: {CONFIG} must fit the weights, got {KINDS[kind].depth(config)} layers for "
-            f"{len(weights)} tensors in {part}"
-        )
-    with _as_written(part / CONFIG):
+    with as_written(part / CONFIG):
+        require_bounds(config, weights, part / CONFIG)
         model = KINDS[kind].build(config, weights)
     card: dict[str, Any] = {"name": folder.name, "source": source, "class": kind}
     if kind != "AutoencoderKL":
@@ -168,7 +171,7 @@ def _scheduler(folder: Path, kind: str) -> tuple[Scheduler | None, dict[str, Any
     for path in (folder / "scheduler" / SCHEDULER, folder / SCHEDULER):
         if path.is_file():
             config = read_json(path)
-            with _as_written(path):
+            with as_written(path):
                 return read_scheduler(config), config
     return None, {}
 
@@ -182,12 +185,10 @@ def _classes(count: int, index: Mapping[str, Any]) -> list[str]:
 
 
 @contextmanager
-def _as_written(path: Path) -> Iterator[None]:
-    """Says which config it was that holds something of another type than diffusers writes."""
+def as_written(path: Path, by: str = "diffusers writes") -> Iterator[None]:
+    """Says which config it was that holds something of another type than was written."""
     try:
         yield
     except (TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(
-            f"load: {path.name} must be as diffusers writes it, got {path} ({reason})"
-        ) from error
+        raise ValueError(f"load: {path.name} must be as {by} it, got {path} ({reason})") from error

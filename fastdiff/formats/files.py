@@ -51,6 +51,13 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
     ):
         raise ValueError(f"load: path must hold a dict of tensors, got {path}")
+    for name, value in state.items():
+        # a stride of 0 makes a terabyte of a few bytes, and a sparse tensor is a list of places
+        if value.layout != torch.strided or value.nbytes > value.untyped_storage().nbytes():
+            raise ValueError(
+                f"load: {name} must be a dense tensor of its own memory, got {value.layout} "
+                f"{tuple(value.shape)} in {path}"
+            )
     return state
 
 

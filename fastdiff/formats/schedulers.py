@@ -72,11 +72,11 @@ def read_scheduler(config: Mapping[str, Any]) -> Scheduler:
     for name, allowed in _MUST.items():
         if config.get(name, allowed[0]) not in allowed:
             raise ValueError(f"load: {name} must be {allowed[0]!r}, got {config[name]!r}")
-    clip = float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample") else None
+    clip = _number(config, "clip_sample_range", 1.0) if config.get("clip_sample") else None
     if kind in EDM:
         _require(config, "prediction_type", ("epsilon",))  # c_out has the other sign for v
         names = ("sigma_min", "sigma_max", "sigma_data")
-        made = schedules.edm(**{n: float(config[n]) for n in names if n in config})
+        made = schedules.edm(**{n: _number(config, n) for n in names if n in config})
         return Scheduler(made, "edm", 1.0, clip)
     if kind in FLOW or config.get("use_flow_sigmas"):
         return Scheduler(_flow(config, kind), "flow", _count(config), clip)
@@ -94,6 +94,13 @@ def _require(config: Mapping[str, Any], name: str, allowed: tuple[str, ...]) -> 
         raise ValueError(
             f"load: {name} of {config['_class_name']} must be one of {allowed}, got {got!r}"
         )
+
+
+def _number(config: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    value = config.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"load: {name} must be a number, got {value!r}")
+    return float(value)
 
 
 def _count(config: Mapping[str, Any]) -> int:
@@ -114,12 +121,16 @@ def _flow(config: Mapping[str, Any], kind: str) -> Schedule:
             "the image; load the folder of the model alone, and take "
             "schedules.flow(schedules.dynamic_shift(tokens))"
         )
-    return schedules.flow(float(config.get("shift" if kind in FLOW else "flow_shift", 1.0)))
+    return schedules.flow(_number(config, "shift" if kind in FLOW else "flow_shift", 1.0))
 
 
 def _betas(config: Mapping[str, Any]) -> Schedule:
     count, trained = _count(config), config.get("trained_betas")
     if trained is not None:
+        if not isinstance(trained, list) or not all(type(b) in (int, float) for b in trained):
+            raise ValueError(
+                f"load: trained_betas must be a list of numbers, got {type(trained).__name__}"
+            )
         if len(trained) != count:
             raise ValueError(
                 f"load: trained_betas must be num_train_timesteps={count}, got {len(trained)}"
@@ -135,4 +146,4 @@ def _betas(config: Mapping[str, Any]) -> Schedule:
     if name == "squaredcos_cap_v2":
         return schedules.cosine(count)
     make = {f.__name__: f for f in (schedules.linear, schedules.scaled_linear, schedules.sigmoid)}
-    return make[name](count, float(config["beta_start"]), float(config["beta_end"]))
+    return make[name](count, _number(config, "beta_start"), _number(config, "beta_end"))

@@ -110,6 +110,10 @@ class UNetConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"UNetConfig: {name} must be an int >= 1, got {value!r}")
+        for name in ("time_scale", "eps", "dropout", "freq_shift"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(f"UNetConfig: {name} must be a number, got {value!r}")
         for name in ("out_channels", "heads", "time_dim"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -16,11 +15,32 @@ def kind(value: object) -> str:
     return str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
 
 
+def is_finite(value: float | np.integer | np.floating, dtype: torch.dtype) -> bool:
+    """Whether the dtype holds the number, which may be an int beyond every float."""
+    try:
+        return abs(float(value)) <= torch.finfo(dtype).max
+    except OverflowError:
+        return False
+
+
+def check_real(op: str, name: str, t: torch.Tensor) -> None:
+    """Weights may be of any dtype, but no part of one is dropped."""
+    if t.is_complex():
+        raise TypeError(f"{op}: {name} must be real, got {t.dtype}")
+
+
+def check_dense(op: str, name: str, t: torch.Tensor) -> None:
+    """Memory with strides, which kernels read."""
+    if t.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got {t.layout}")
+
+
 def check_input(op: str, x: object) -> None:
     if not isinstance(x, torch.Tensor) or x.dtype not in FLOATS:
         raise TypeError(
             f"{op}: x must be a float32, bfloat16, float16 or float64 tensor, got {kind(x)}"
         )
+    check_dense(op, "x", x)
 
 
 def check_tensor(op: str, name: str, t: object, x: torch.Tensor, *shapes: tuple[int, ...]) -> None:
@@ -29,6 +49,7 @@ def check_tensor(op: str, name: str, t: object, x: torch.Tensor, *shapes: tuple[
         return
     if not isinstance(t, torch.Tensor) or t.dtype not in FLOATS:
         raise TypeError(f"{op}: {name} must be a floating-point tensor, got {kind(t)}")
+    check_dense(op, name, t)
     if tuple(t.shape) not in shapes:
         rule = " or ".join(map(str, dict.fromkeys(shapes)))
         raise ValueError(f"{op}: {name} must have shape {rule}, got {tuple(t.shape)}")
@@ -55,14 +76,27 @@ def check_counter(op: str, name: str, value: object) -> int:
 def check_eps(op: str, eps: object) -> None:
     if isinstance(eps, bool) or not isinstance(eps, (int, float)):
         raise TypeError(f"{op}: eps must be a number, got {type(eps).__name__}")
-    if not (math.isfinite(eps) and eps >= 0):
+    if not (is_finite(eps, torch.float64) and eps >= 0):
         raise ValueError(f"{op}: eps must be finite and not negative, got {eps}")
 
 
 def check_choice(op: str, name: str, value: object, choices: Collection[object]) -> None:
-    if value not in choices:
+    if not isinstance(value, (str, type(None))) or value not in choices:
         names = ", ".join(map(repr, choices))
         raise ValueError(f"{op}: {name} must be one of {names}, got {value!r}")
+
+
+def check_shape(op: str, shape: object) -> None:
+    """The shape of one sample."""
+    if not isinstance(shape, Sequence) or not all(hasattr(n, "__index__") for n in shape):
+        raise TypeError(f"{op}: shape must be a sequence of ints, got {shape!r}")
+    if any(not 0 <= n < 1 << 63 for n in shape):
+        raise ValueError(f"{op}: shape must lie in [0, 2**63), got {tuple(shape)}")
+
+
+def check_dtype(op: str, dtype: object) -> None:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"{op}: dtype must be a floating-point type, got {dtype}")
 
 
 def one_dtype(*group: torch.Tensor | None) -> list[torch.Tensor | None]:

@@ -17,6 +17,26 @@ def memory_format(x: torch.Tensor) -> torch.memory_format | None:
     return None
 
 
+def check_written(op: str, out: torch.Tensor, **read: torch.Tensor | None) -> None:
+    """Each element of ``out`` is memory of its own, and that of no other element that is read.
+
+    Tensors that a kernel does not walk as they are were copied, or are the reference's, which
+    writes last.
+    """
+    if out.numel() > 1 and any(
+        n > 1 and s == 0 for n, s in zip(out.shape, out.stride(), strict=True)
+    ):
+        raise ValueError(
+            f"{op}: out must have memory for every element, got strides {out.stride()}"
+        )
+    for name, t in read.items():
+        if t is None or memory_format(t) is None or memory_format(out) is None:
+            continue
+        apart = out.data_ptr() - t.data_ptr()
+        if -out.nbytes < apart < t.nbytes and (apart or out.stride() != t.stride()):
+            raise ValueError(f"{op}: out must be {name} or not overlap it, got shared memory")
+
+
 def channels(x: torch.Tensor, fmt: torch.memory_format) -> int:
     """Channels where they are the fastest axis, 0 where memory order is logical order."""
     return 0 if fmt == torch.contiguous_format else x.shape[1]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastdiff.ops._checks import FLOATS, check_counter
+from fastdiff.ops._checks import FLOATS, check_counter, check_dense
 from fastdiff.ops.noise import seeds_of
 
 
@@ -15,6 +15,7 @@ def _check_tensors(mu: Any, logvar: Any) -> None:
     for name, t in (("mu", mu), ("logvar", logvar)):
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"reparameterize: {name} must be a tensor, got {type(t).__name__}")
+        check_dense("reparameterize", name, t)
     if mu.dtype not in FLOATS:
         raise TypeError(
             f"reparameterize: mu must be float32, bfloat16, float16 or float64, got {mu.dtype}"
@@ -42,7 +43,10 @@ def _check_clamp(clamp: Any) -> tuple[float, float] | None:
     numbers = isinstance(clamp, (tuple, list)) and len(clamp) == 2
     if not numbers or not all(isinstance(b, (int, float)) for b in clamp):
         raise TypeError(f"reparameterize: clamp must be two numbers, got {clamp!r}")
-    low, high = map(float, clamp)
+    try:
+        low, high = map(float, clamp)
+    except OverflowError:
+        raise ValueError(f"reparameterize: clamp must fit float64, got {clamp}") from None
     if not low <= high:
         raise ValueError(f"reparameterize: clamp must be low <= high, got {clamp}")
     return low, high

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 
 from fastdiff._packing import Packed, Packing
+from fastdiff.ops._checks import check_dense, check_real, is_finite
 from fastdiff.ops._checks import kind as kind
 from fastdiff.table import Needs
 
@@ -52,6 +52,7 @@ def require(
         raise ValueError(f"reverse_step: {name} must be given, {why}, got None")
     if not isinstance(t, torch.Tensor) or not t.is_floating_point():
         raise TypeError(f"reverse_step: {name} must be a floating-point tensor, got {kind(t)}")
+    check_dense("reverse_step", name, t)
     if t.shape != like.shape:
         raise ValueError(
             f"reverse_step: {name} must have the shape of x {tuple(like.shape)}, "
@@ -94,11 +95,12 @@ def weight(name: str, value: float | torch.Tensor, like: Like) -> float | torch.
                 f"reverse_step: {name} must be a number or one a sample ({like.shape[0]},), "
                 f"got {tuple(value.shape)}"
             )
+        check_real("reverse_step", name, value)
         return value.to(like.device, torch.float32).contiguous()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"reverse_step: {name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"reverse_step: {name} must be finite, got {value}")
+    if not is_finite(value, torch.float32):
+        raise ValueError(f"reverse_step: {name} must be finite in float32, got {value}")
     return value
 
 
@@ -110,6 +112,7 @@ def factors(value: torch.Tensor, like: Like) -> torch.Tensor:
             f"reverse_step: scale must have one factor a sample ({like.shape[0]},), "
             f"got {tuple(value.shape)}"
         )
+    check_real("reverse_step", "scale", value)
     return value.to(like.device, like.dtype).contiguous()
 
 
@@ -147,8 +150,11 @@ def check_history(
 ) -> torch.Tensor:
     if history is None:
         raise ValueError(f"reverse_step: history must have {depth} slots, got None")
-    slots, *rest = history.shape
-    if tuple(rest) != like.shape or slots < depth:
+    if not isinstance(history, torch.Tensor):
+        raise TypeError(f"reverse_step: history must be a tensor, got {kind(history)}")
+    check_dense("reverse_step", "history", history)
+    slots = len(history) if history.dim() else 0
+    if history.shape[1:] != like.shape or slots < depth:
         raise ValueError(
             f"reverse_step: history must have shape ({depth}, "
             f"{', '.join(map(str, like.shape))}), got {tuple(history.shape)}"
@@ -186,14 +192,51 @@ def check_apart(
     for name, t in (("y", y), ("history", history), ("model_input", model_input)):
         if t is None:
             continue
-        low = t.data_ptr()
-        high = low + t.nbytes
-        for other, a, b in spans:
-            if low < b and a < high:
-                raise ValueError(
-                    f"reverse_step: {name} must not overlap {other}, got shared memory"
-                )
-        spans.append((name, low, high))
+        mine = _runs(t, slots=name == "history")
+        for low, high in mine:
+            for other, a, b in spans:
+                if low < b and a < high:
+                    raise ValueError(
+                        f"reverse_step: {name} must not overlap {other}, got shared memory"
+                    )
+        spans += [(name, *run) for run in mine]
+
+
+def _runs(t: torch.Tensor, *, slots: bool) -> list[tuple[int, int]]:
+    """Where a dense tensor begins and ends in memory, or each slot of a history."""
+    begin = t.data_ptr()
+    if not slots or not t.numel():
+        return [(begin, begin + t.nbytes)]
+    size, step = t.nbytes // len(t), t.stride(0) * t.itemsize
+    return [(begin + i * step, begin + i * step + size) for i in range(len(t))]
+
+
+def check_unread(
+    name: str,
+    m: torch.Tensor,
+    out: torch.Tensor,
+    y: torch.Tensor | None,
+    history: torch.Tensor | None,
+    model_input: torch.Tensor | None,
+) -> None:
+    """What is written is no memory of the model tensor ``m``, or an output is the whole of it.
+
+    A kernel reads an element of every tensor before it writes that element's results.
+    """
+    if not m.numel():
+        return
+    begin, each = m.data_ptr(), m.nbytes // len(m)
+    end = begin + (len(m) - 1) * m.stride(0) * m.itemsize + each
+    written = (("out", out), ("y", y), ("history", history), ("model_input", model_input))
+    for other, t in written:
+        if t is None:
+            continue
+        whole = len(m) == 1 or m.stride(0) * m.itemsize == each
+        whole = whole and other in ("out", "model_input") and t.dtype == m.dtype
+        if whole and t.data_ptr() == begin:
+            continue
+        if any(low < end and begin < high for low, high in _runs(t, slots=other == "history")):
+            raise ValueError(f"reverse_step: {other} must not overlap {name}, got shared memory")
 
 
 def check_row(row: object, table: Packing) -> int:

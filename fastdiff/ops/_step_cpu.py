@@ -36,6 +36,7 @@ def quick(
     """
     if not (
         _native.reads_tensors
+        and isinstance(table, Packing)
         and type(row) is int
         and scale is None
         and 0 <= row < len(table.needs)

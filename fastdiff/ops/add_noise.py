@@ -6,7 +6,6 @@ noise is a function of the seed, drawn where it is used and never stored.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ import torch
 
 from fastdiff.backends import Implementation, Op, choose
 from fastdiff.ops import _native
-from fastdiff.ops._checks import FLOATS, check_choice, check_counter, kind
+from fastdiff.ops._checks import FLOATS, check_choice, check_counter, check_dense, is_finite, kind
 from fastdiff.ops._dispatch import Differentiable, values_only
 from fastdiff.ops._layout import channels, memory_format
 from fastdiff.ops.noise import Stream, seeds_of
@@ -193,11 +192,11 @@ def _coefficient(name: str, value: Any, x0: torch.Tensor) -> torch.Tensor:
     dtype = torch.float64 if x0.dtype == torch.float64 else torch.float32
     count = x0.shape[0]
     if isinstance(value, (int, float, np.floating)) and not isinstance(value, bool):
-        if not math.isfinite(value):
-            raise ValueError(f"add_noise: {name} must be finite, got {value}")
+        if not is_finite(value, dtype):
+            raise ValueError(f"add_noise: {name} must be finite in {dtype}, got {value}")
         return torch.full((count,), float(value), dtype=dtype, device=x0.device)
     if isinstance(value, np.ndarray) and value.dtype.kind == "f":
-        value = torch.from_numpy(np.array(value))
+        value = torch.from_numpy(np.array(value, np.float64))  # which holds every kind
     if not isinstance(value, torch.Tensor) or value.dtype not in FLOATS:
         rule = "be a number, or a floating-point array or tensor"
         raise TypeError(f"add_noise: {name} must {rule}, got {kind(value)}")
@@ -218,6 +217,7 @@ def _check(
         raise TypeError(f"add_noise: x0 must {rule}, got {kind(x0)}")
     if x0.dim() == 0:
         raise ValueError("add_noise: x0 must have a batch axis, got a tensor of shape ()")
+    check_dense("add_noise", "x0", x0)
     check_choice("add_noise", "target", target, PREDICTIONS)
     counters = (("step", step), ("stream", stream))
     step, stream = (check_counter("add_noise", *counter) for counter in counters)

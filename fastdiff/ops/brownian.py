@@ -8,7 +8,6 @@ kernels add that sum up, to the same bits on every backend in float32.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -18,7 +17,8 @@ import torch
 
 from fastdiff.backends import Implementation, Op, choose
 from fastdiff.ops import _native
-from fastdiff.ops._layout import channels, memory_format
+from fastdiff.ops._checks import check_dtype, check_shape, is_finite
+from fastdiff.ops._layout import channels, check_written, memory_format
 from fastdiff.ops.noise import Stream, as_seeds
 from fastdiff.reference.brownian import Tree, increment, weighted_normals
 
@@ -129,7 +129,7 @@ def _plan(
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"brownian: {name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not is_finite(value, torch.float64):
         raise ValueError(f"brownian: {name} must be finite, got {value}")
     return float(value)
 
@@ -190,6 +190,8 @@ def prepare(
     """The arguments of `brownian`, checked, with its output allocated."""
     tree = _check_tree(low, high, depth, geometric, cells)
     t0, t1, scale = _number("t0", t0), _number("t1", t1), _number("scale", scale)
+    if not is_finite(scale, torch.float32):
+        raise ValueError(f"brownian: scale must be finite in float32, got {scale}")
     for name, t in (("t0", t0), ("t1", t1)):
         if not tree.low <= t <= tree.high:
             raise ValueError(
@@ -198,16 +200,13 @@ def prepare(
             )
     stream = _integer("stream", stream, range(1 << 32))
     values = as_seeds(seeds, where="brownian")
-    if not isinstance(shape, Sequence) or not all(hasattr(n, "__index__") for n in shape):
-        raise TypeError(f"brownian: shape must be a sequence of ints, got {shape!r}")
+    check_shape("brownian", shape)
     full = (values.shape[0], *shape)
-    if any(n < 0 for n in full):
-        raise ValueError(f"brownian: shape must not be negative, got {tuple(shape)}")
     if out is not None and (not isinstance(out, torch.Tensor) or not out.is_floating_point()):
         got = out.dtype if isinstance(out, torch.Tensor) else type(out).__name__
         raise TypeError(f"brownian: out must be a floating-point tensor, got {got}")
-    if out is None and not dtype.is_floating_point:
-        raise TypeError(f"brownian: dtype must be a floating-point type, got {dtype}")
+    if out is None:
+        check_dtype("brownian", dtype)
     _check_x(add_to, scale, dtype if out is None else out.dtype)
     if add_to is not None and add_to.shape != full:
         raise ValueError(f"brownian: add_to must have shape {full}, got {tuple(add_to.shape)}")
@@ -219,6 +218,8 @@ def prepare(
         )
     elif out.shape != full:
         raise ValueError(f"brownian: out must have shape {full}, got {tuple(out.shape)}")
+    else:
+        check_written("brownian", out, add_to=add_to)
     if add_to is not None and add_to.device != out.device:
         raise ValueError(f"brownian: add_to must be on {out.device}, got {add_to.device}")
     try:

@@ -14,7 +14,8 @@ import torch
 
 from fastdiff.backends import Implementation, Op, choose
 from fastdiff.ops import _native
-from fastdiff.ops._layout import memory_format
+from fastdiff.ops._checks import is_finite
+from fastdiff.ops._layout import check_written, memory_format
 from fastdiff.reference import dynamic_threshold as reference
 
 
@@ -90,7 +91,7 @@ def check_numbers(ratio: Any, max_value: Any) -> None:
             )
     if not 0.0 <= ratio <= 1.0:
         raise ValueError(f"dynamic_threshold: ratio must lie in [0, 1], got {ratio}")
-    if not max_value >= 1.0:
+    if not (max_value == math.inf or (is_finite(max_value, torch.float64) and max_value >= 1.0)):
         raise ValueError(f"dynamic_threshold: max_value must be at least 1, got {max_value}")
 
 
@@ -111,6 +112,8 @@ def prepare(
         x.device,
     ):
         raise ValueError("dynamic_threshold: out must have shape, dtype and device of x")
+    else:
+        check_written("dynamic_threshold", out, x=x)
     return Threshold(x.detach(), float(ratio), float(max_value), x.new_empty(len(x)), out)
 
 

@@ -57,6 +57,7 @@ def film_conv2d(
 
     Raises:
         TypeError, ValueError: an argument breaks its rule.
+        RuntimeError: of torch's own convolution: sizes that do not go together.
         BackendError: the forced backend cannot do the passes around the convolution.
     """
     # autocast casts what goes into the convolution, so their dtypes need not agree

@@ -138,7 +138,7 @@ def _run(op: str, *inputs: Any) -> torch.Tensor:
         direct
         and _native.reads_tensors
         and type(groups) is int
-        and (groups > 0 or op == "film")
+        and (0 < groups < 1 << 31 or op == "film")
         and forced() in ("auto", "cpu")
     ):
         # the checks below cost more than a small image; C++ takes what is plainly in order

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ import torch
 
 from fastdiff.backends import Implementation, Op, choose
 from fastdiff.ops import _native
+from fastdiff.ops._checks import check_dense, check_real, is_finite
 from fastdiff.ops._layout import memory_format
 from fastdiff.reference import guidance_rescale as reference
 
@@ -110,6 +110,7 @@ def _check_outputs(output: object, uncond: object) -> None:
     for name, t in (("output", output), ("uncond", uncond)):
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"guidance_rescale: {name} must be a tensor, got {type(t).__name__}")
+        check_dense("guidance_rescale", name, t)
     assert isinstance(output, torch.Tensor) and isinstance(uncond, torch.Tensor)
     if output.dtype not in _DTYPES:
         raise TypeError(
@@ -137,11 +138,12 @@ def _each(name: str, value: float | torch.Tensor, like: torch.Tensor) -> torch.T
                 f"guidance_rescale: {name} must be a number or one a sample ({count},), "
                 f"got {tuple(value.shape)}"
             )
+        check_real("guidance_rescale", name, value)
         return value.to(like.device, torch.float32).contiguous()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"guidance_rescale: {name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"guidance_rescale: {name} must be finite, got {value}")
+    if not is_finite(value, torch.float32):
+        raise ValueError(f"guidance_rescale: {name} must be finite in float32, got {value}")
     return torch.full((count,), value, dtype=torch.float32, device=like.device)
 
 

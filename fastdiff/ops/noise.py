@@ -18,8 +18,8 @@ import torch
 
 from fastdiff.backends import Implementation, Op, choose
 from fastdiff.ops import _native
-from fastdiff.ops._checks import check_counter
-from fastdiff.ops._layout import channels, memory_format
+from fastdiff.ops._checks import check_counter, check_dtype, check_shape
+from fastdiff.ops._layout import channels, check_written, memory_format
 from fastdiff.reference.noise import normals
 
 _SEED_LIMIT = 1 << 64
@@ -139,6 +139,8 @@ def as_seeds(seeds: Any, count: int | None = None, *, where: str = "seeds") -> t
         if isinstance(seeds, (int, np.integer)):
             listed = [int(seeds) + i for i in range(1 if count is None else count)]
         else:
+            if not isinstance(seeds, (Sequence, np.ndarray)) or isinstance(seeds, bytes):
+                raise TypeError(f"{where}: seeds must be a sequence, got {type(seeds).__name__}")
             listed = []
             for s in seeds:
                 if isinstance(s, bool) or not isinstance(s, (int, np.integer)):
@@ -182,21 +184,19 @@ def prepare(
     """The arguments of `randn`, checked, with its output allocated."""
     values = as_seeds(seeds, where="randn")
     step, stream = check_counter("randn", "step", step), check_counter("randn", "stream", stream)
-    if not isinstance(shape, Sequence) or not all(hasattr(n, "__index__") for n in shape):
-        raise TypeError(f"randn: shape must be a sequence of ints, got {shape!r}")
+    check_shape("randn", shape)
     if out is not None and not isinstance(out, torch.Tensor):
         raise TypeError(f"randn: out must be a tensor, got {type(out).__name__}")
     full = (values.shape[0], *shape)
-    if any(n < 0 for n in full):
-        raise ValueError(f"randn: shape must not be negative, got {tuple(shape)}")
     if out is None:
-        if not dtype.is_floating_point:
-            raise TypeError(f"randn: dtype must be a floating-point type, got {dtype}")
+        check_dtype("randn", dtype)
         out = torch.empty(full, dtype=dtype, device=device)
     elif out.shape != full:
         raise ValueError(f"randn: out must have shape {full}, got {tuple(out.shape)}")
     elif not out.is_floating_point():
         raise TypeError(f"randn: out must be a floating-point tensor, got {out.dtype}")
+    else:
+        check_written("randn", out)
     # kernels read the seeds as one run of memory
     return Draw(values.to(out.device).contiguous(), step, stream, out)
 

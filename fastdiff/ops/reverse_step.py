@@ -10,6 +10,7 @@ import torch
 from fastdiff._packing import Packing
 from fastdiff.backends import Implementation, Op, choose
 from fastdiff.ops import _native, _step_cpu
+from fastdiff.ops._checks import check_dense
 from fastdiff.ops._layout import memory_format
 from fastdiff.ops._step_checks import (
     Cursor,
@@ -20,6 +21,7 @@ from fastdiff.ops._step_checks import (
     check_row,
     check_rows,
     check_seeds,
+    check_unread,
     factors,
     in_place,
     joined,
@@ -184,6 +186,9 @@ def prepare(
     """The arguments of `reverse_step`, checked; nothing is written."""
     if not isinstance(x, torch.Tensor) or x.dtype not in _STATES:
         raise TypeError(f"reverse_step: x must be a float32 or float64 tensor, got {kind(x)}")
+    check_dense("reverse_step", "x", x)
+    if not isinstance(table, Packing):
+        raise TypeError(f"reverse_step: table must be a StepTable, got {type(table).__name__}")
     shape = x.shape
     if not shape:
         raise ValueError("reverse_step: x must have shape (N, *S), got ()")
@@ -238,6 +243,9 @@ def prepare(
         require("model_input", model_input, like, "")
         in_place("model_input", model_input, fmt)
     check_apart(x, out, y, history, model_input)
+    for name, t in (("output", output), ("uncond", uncond), ("variance", variance)):
+        if t is not None:
+            check_unread(name, t, out, y, history, model_input)
     if isinstance(clip, torch.Tensor):
         packed = table.packed_each(device, dtype=dtype)
         rows = torch.full_like(clip, row, dtype=torch.int64) if rows is None else rows
@@ -301,6 +309,9 @@ def reverse_step(
         seeds: (N,) int64 seeds on the CPU or the device of x, for rows that draw noise.
         out: written and returned if given; may be ``x``.
         model_input: (N, *S) float32, bfloat16 or float16, receives ``c_in * x'``.
+
+        What is written shares no memory with what is read or with each other, but that ``out`` may
+        be ``x``, and ``out`` or ``model_input`` the very memory of a model tensor of its dtype.
 
     Returns:
         (N, *S) the new state.

@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -177,7 +178,24 @@ def build_on(
     """
     choice("solver", name, tuple(SOLVERS))
     _check_options(SOLVERS[name], options)
-    return SOLVERS[name](_walk_of(schedule, grid, prediction), **options)
+    with _taken(name, options):
+        return SOLVERS[name](_walk_of(schedule, grid, prediction), **options)
+
+
+@contextmanager
+def _taken(name: str, options: Mapping[str, Any]) -> Iterator[None]:
+    """Names whose options they were that Python's own arithmetic refuses."""
+    try:
+        yield
+    except ArithmeticError as error:
+        rule = f"options and schedule must be of a size to compute with, got {dict(options)}"
+        raise ValueError(f"{name}: {rule} ({error})") from error
+    except TypeError as error:
+        if ": " in str(error):  # our own message
+            raise
+        raise TypeError(
+            f"{name}: options must be of the types that it documents, got {dict(options)} ({error})"
+        ) from error
 
 
 def _check(
@@ -218,7 +236,8 @@ def _own_choice(
         return None
     own = {k: v for k, v in options.items() if k in known}
     one_step = schedule.points(1, final="sigma_min")
-    probe = builder(_walk_of(schedule, one_step, prediction), **own)
+    with _taken(builder.__name__, own):
+        probe = builder(_walk_of(schedule, one_step, prediction), **own)
     if probe.order < 2 or probe.stochastic:
         return None
     options.setdefault("final_order", 2)
@@ -235,7 +254,8 @@ def _grid_of(
 ) -> Grid:
     """The grid of a spacing."""
     of_grid = _check(builder, schedule, spacing, final, options)
-    return schedule.points(steps, spacing, final, **of_grid)  # type: ignore[arg-type]
+    with _taken(spacing or "build", of_grid):
+        return schedule.points(steps, spacing, final, **of_grid)  # type: ignore[arg-type]
 
 
 def _custom(
