@@ -19,6 +19,8 @@ from torch import Tensor
 
 from fastdiff import _eval_diffusion, checkpoints, data
 from fastdiff._eval_diffusion import summary
+from fastdiff._files import written_whole
+from fastdiff._machine import cpu_model
 from fastdiff.likelihood import STARTS, VARIANCES
 from fastdiff.ops import as_seeds
 from fastdiff.reference.flow import RealNVP
@@ -114,9 +116,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _write(args: argparse.Namespace, row: dict[str, Any]) -> None:
     path = Path(args.out) / f"eval_{Path(args.checkpoint).stem}.json"
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps([row], indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    with written_whole(path) as part:
+        part.write_text(json.dumps([row], indent=1, allow_nan=False) + "\n", encoding="utf-8")
     print(f"written: {path}")
     if "vlb" in row:
         picture = path.with_suffix(".png")
@@ -130,13 +131,8 @@ def _write(args: argparse.Namespace, row: dict[str, Any]) -> None:
 
 def machine(device: str) -> dict[str, Any]:
     """What a reader needs to judge a figure and its time."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        models = [s.split(":")[1] for s in info.read_text().splitlines() if "model name" in s]
-        cpu = models[0].strip() if models else cpu
     return {
-        "cpu": cpu,
+        "cpu": cpu_model(),
         "device": device if device == "cpu" else torch.cuda.get_device_name(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

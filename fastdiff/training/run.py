@@ -8,7 +8,6 @@ uninterrupted one, and a checkpoint needs no generator state.
 from __future__ import annotations
 
 import math
-import platform
 import sys
 import time
 from dataclasses import asdict, replace
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from fastdiff import checkpoints, data
 from fastdiff._files import written_whole
+from fastdiff._machine import cpu_model
 from fastdiff.training.config import TrainConfig, progress_of
 from fastdiff.training.diffusion import Diffusion
 from fastdiff.training.latent import AutoencoderTraining, LatentDiffusionTraining
@@ -194,12 +194,7 @@ class Run:
 def _machine(device: str) -> str:
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [s.split(":")[1] for s in info.read_text().splitlines() if "model name" in s]
-        cpu = names[0].strip() if names else cpu
-    return f"{cpu}, threads: {torch.get_num_threads()}"
+    return f"{cpu_model()}, threads: {torch.get_num_threads()}"
 
 
 def train(config: TrainConfig) -> Path:
