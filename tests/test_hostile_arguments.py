@@ -14,6 +14,7 @@ import fastdiff
 from fastdiff import checkpoints, cli, ops, solvers
 from fastdiff._cli_sample import MOST_SEEDS, parse_options, parse_seeds
 from fastdiff.formats.files import read_weights
+from fastdiff.reference.flow import RealNVP
 from fastdiff.table import Row, StepTable
 
 X = torch.linspace(-2, 2, 24).view(2, 12)
@@ -184,6 +185,34 @@ def test_cards_of_strangers(change, message, tiny):
         path.write_text(json.dumps({**card, key: new}))
     with pytest.raises(ValueError, match=message):
         checkpoints.load(tiny)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("latent", {"denoiser": {"depth": 10**9}}),
+        ("latent", {"autoencoder": {"blocks": 10**9}}),
+        ("vae-mlp", {"hidden": 1 << 20}),
+        ("vae-mlp", {"channels": [8] * 4096}),
+        ("flow", {"layers": 10**9}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_cards_of_strangers_for_other_models(name, change, tmp_path):
+    if name == "flow":
+        path = checkpoints.save(tmp_path / name, RealNVP(2, 2, 4), None, {"name": name})
+    else:
+        path = tmp_path / f"{name}.safetensors"
+        for suffix in (".safetensors", ".json"):
+            source = checkpoints.ASSETS / f"{name}{suffix}"
+            path.with_suffix(suffix).write_bytes(source.read_bytes())
+    card = json.loads(path.with_suffix(".json").read_text())
+    for key, value in change.items():
+        inner = isinstance(value, dict)
+        card["architecture"][key] = {**card["architecture"][key], **value} if inner else value
+    path.with_suffix(".json").write_text(json.dumps(card))
+    with pytest.raises(ValueError, match=r"must fit the|must be as save wrote it"):
+        checkpoints.load(path)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,10 @@ from fastdiff.models import (
     AutoencoderConfig,
     DiT,
     DiTConfig,
+    LatentDiffusionConfig,
     UNet,
+    UNetConfig,
+    VAEConfig,
     _autoencoder_keys,
     _dit_keys,
     _unet_sources,
@@ -44,13 +47,22 @@ def require_bounds(config: Any, weights: Mapping[str, Tensor], path: Path) -> No
     """Refuse what no weights bound, before anything is built: a number may be a billion.
 
     Args:
-        config: of a `models.UNet`, `DiT` or `Autoencoder`.
+        config: of a class in `checkpoints.ARCHITECTURES`.
         path: the file that it was read from.
 
     Raises:
         ValueError: more layers than weights, or positions without end.
     """
-    depth = config.depth if isinstance(config, DiTConfig) else config.blocks * len(config.channels)
+    if isinstance(config, LatentDiffusionConfig):
+        for part in (config.denoiser, config.autoencoder):
+            require_bounds(part, weights, path)
+        return
+    if isinstance(config, (UNetConfig, AutoencoderConfig)):
+        depth = config.blocks * len(config.channels)
+    elif isinstance(config, VAEConfig):
+        depth = len(config.channels)
+    else:
+        depth = config.depth if isinstance(config, DiTConfig) else config.layers
     if depth > len(weights):
         raise ValueError(
             f"load: {path.name} must fit the weights, got {depth} layers for "

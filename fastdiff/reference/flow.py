@@ -83,7 +83,9 @@ class AffineCoupling(nn.Module):
 
     def __init__(self, keep: Tensor, hidden: int = 64) -> None:
         super().__init__()
-        if keep.dim() != 1 or keep.dtype != torch.bool or keep.all() or not keep.any():
+        # a tensor of the device "meta" has no values to look at
+        one = not keep.is_meta and bool(keep.all() == keep.any())
+        if keep.dim() != 1 or keep.dtype != torch.bool or one:
             raise ValueError(
                 f"AffineCoupling: keep must be (D,) booleans of both values, got {keep}"
             )
