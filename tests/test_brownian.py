@@ -308,7 +308,7 @@ WRONG = {
     "float depth": ({"depth": 8.0}, TypeError, "depth must be an integer, got float"),
     "stream": ({"stream": -1}, ValueError, "stream must lie in range(0, 4294967296), got -1"),
     "shape": ({"shape": 4}, TypeError, "shape must be a sequence of ints, got 4"),
-    "negative": ({"shape": (-1,)}, ValueError, "shape must not be negative, got (-1,)"),
+    "negative": ({"shape": (-1,)}, ValueError, "shape must lie in [0, 2**63), got (-1,)"),
     "seeds": ({"seeds": [-1]}, ValueError, "seeds must lie in [0, 2**64), got -1"),
     "scale": ({"scale": 2.0}, ValueError, "scale must come with add_to, got 2.0 without it"),
     "dtype": ({"dtype": torch.int32}, TypeError, "dtype must be a floating-point type"),
