@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fastdiff import schedules
 from fastdiff._files import written_whole
@@ -249,12 +250,31 @@ def _read_own(
         config = config_class.from_config({k: v for k, v in written.items() if k != "class"})
         diffusers.require_bounds(config, weights, card_path)
         # a number in a card may be a billion: nothing is allocated that the weights do not fill
-        with torch.device("meta"):
+        with torch.device("meta"), _Unfilled():
             empty = module(config)
         weights = _fitting(empty, weights)
         model = module(config)
     model.load_state_dict(weights)
     return model, schedule, card
+
+
+class _Unfilled(TorchFunctionMode):
+    """Modules on the device "meta" without their values.
+
+    torch fills and counts there in Python, and to do that imports its compiler, for a second.
+    """
+
+    _FILLS = (Tensor.uniform_, Tensor.normal_, Tensor.fill_, Tensor.zero_)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        given = kwargs or {}
+        if func in self._FILLS or getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else given["tensor"]
+        if func is torch.arange and len(args) == 1:
+            return torch.empty(args[0], dtype=given.get("dtype", torch.int64), device="meta")
+        return func(*args, **given)
 
 
 def _check_times(described: Any) -> None:

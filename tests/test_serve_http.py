@@ -218,7 +218,7 @@ BODIES = (
     ({"steps": 8.0}, 422, "submit: steps must be an integer, got 8.0"),
     ({"steps": 10**6}, 422, "submit: steps must lie in [1, 1000], got 1000000"),
     ({"seeds": [1, "2"]}, 422, "submit: seeds must be integers, got str"),
-    ({"seeds": {"a": 1}}, 422, "submit: seeds must be integers, got str"),
+    ({"seeds": {"a": 1}}, 422, "submit: seeds must be a sequence, got dict"),
     ({"seeds": None}, 422, "submit: seeds must be integers, got NoneType"),
     ({"seeds": list(range(257))}, 422, "submit: seeds must be at most 256, got 257"),
     ({"solver": ["ddim"]}, 422, "submit: solver must be a name or a StepTable, got ['ddim']"),

@@ -107,7 +107,7 @@ def card(data: bytes) -> None:
     try:
         with refusing():
             args = parser.parse_args(["--model", str(path), "--steps", "2", "--device", "cpu"])
-            job = _cli_sample._load(args)
+            job = _cli_sample.load_job(args)
             job.images([0], job.labels[:1])
     finally:
         path.with_suffix(".json").write_bytes(own)
