@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import fastdiff
+from fastdiff import checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -75,6 +76,13 @@ def test_a_picture_from_the_command_line(tiny: Path, tmp_path: Path) -> None:
     assert packages(modules) - needed == set()
     assert under(modules, *COMPILER, "fastdiff.training", "fastdiff.integrations") == []
     assert under(modules, "fastdiff._cli_files", "torch.distributed.run") == []
+
+
+@pytest.mark.parametrize("name", checkpoints.names())
+def test_a_checkpoint_is_read_without_a_compiler(name: str, tmp_path: Path) -> None:
+    # sizes are compared on the device "meta", where torch computes in Python
+    modules = added(f"import fastdiff\nfastdiff.load({name!r})", tmp_path)
+    assert under(modules, *COMPILER, "sympy", "triton") == []
 
 
 def test_names_that_come_later(tmp_path: Path) -> None:
