@@ -59,7 +59,7 @@ def _cifar10() -> tuple[nn.Module, Callable[[nn.Module], nn.Module]]:
 
 
 def _dit(heads: int, width: int, depth: int) -> tuple[nn.Module, Callable[[nn.Module], nn.Module]]:
-    from diffusers import DiTTransformer2DModel  # after `measure`, which lets it be imported
+    from diffusers import DiTTransformer2DModel
 
     model = DiTTransformer2DModel(
         num_attention_heads=heads, attention_head_dim=width // heads, in_channels=4,

@@ -16,7 +16,6 @@ import platform
 import shlex
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,12 +26,10 @@ from typing import Any
 import numpy as np
 import torch
 
-# transformers, which some of diffusers' models import, looks for a package of that name, and the
-# root of a checkout has such a folder
-sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
-
 # one timing covers at least this long, so that the clock's own 50 ns do not show
 _LEAST_SECONDS = 200e-6
+# what takes longer has filled its caches and started its threads in a small part of that
+_LONG_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -89,18 +86,23 @@ def interleaved(
         warmup: rounds before them; they also choose how many calls a round a fast function gets.
     """
     inner: dict[str, int] = {}
+    long: set[str] = set()
     for name, function in functions.items():
         function()  # lazy set-up is nobody's step time
         once = min(_timed(function, 1) for _ in range(max(1, warmup)))
         inner[name] = max(1, round(_LEAST_SECONDS / max(once, 1e-9)))
+        if once > _LONG_SECONDS:
+            long.add(name)
     for _ in range(warmup):
         for name, function in functions.items():
-            _timed(function, inner[name])
+            if name not in long:
+                _timed(function, inner[name])
     samples: dict[str, list[float]] = {name: [] for name in functions}
     order = list(functions)
     for _ in range(repeats):
         for name in order:
-            functions[name]()  # everybody starts on the caches that its own last call left
+            if name not in long:
+                functions[name]()  # everybody starts on the caches that its own last call left
             samples[name].append(_timed(functions[name], inner[name]))
         order.append(order.pop(0))  # nobody always runs on the caches of the same neighbour
     return {name: Stats(tuple(samples[name]), inner[name]) for name in functions}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import fastdiff
 from fastdiff.integrations import diffusers as ours
-from fastdiff.integrations.diffusers._results import _MOST, _SMALLEST, Results
+from fastdiff.ops._results import _SMALLEST
 
 STEPS = 8
 SHAPE = (2, 4, 80, 80)
@@ -106,40 +106,3 @@ def test_what_is_held_keeps_its_content(way: str, name: str) -> None:
 def test_what_is_dropped_is_used_again() -> None:
     addresses, _ = run("DDIMScheduler", lambda x: x.data_ptr())
     assert len(set(addresses)) <= 3
-
-
-@pytest.mark.parametrize("first", (True, False), ids=("inference first", "inference last"))
-def test_results_can_be_written_to_outside_of_inference_mode(first: bool) -> None:
-    results = Results()
-    for inside in (first, not first):
-        with torch.inference_mode(inside):
-            x = results.like(X)
-            assert x is not None
-            x.zero_()
-        del x
-    x = results.like(X)
-    assert x is not None and not x.is_inference()
-    x.add_(1)
-
-
-def test_four_blocks_of_one_layout() -> None:
-    results = Results()
-    taken = [results.like(X) for _ in range(_MOST + 1)]
-    assert [t is None for t in taken] == [False] * _MOST + [True]
-    flat = X.to(memory_format=torch.channels_last)
-    other = results.like(flat)
-    assert other is not None and other.stride() == flat.stride()
-    assert results.like(X[:1, :1]) is None  # small
-
-
-def test_memory_that_was_moved_is_not_used_again() -> None:
-    results = Results()
-    taken = results.like(X)
-    assert taken is not None
-    at = taken.data_ptr()
-    again: Any = taken.share_memory_()
-    moved = again.data_ptr()
-    assert moved != at
-    del taken, again
-    fresh = results.like(X)
-    assert fresh is not None and fresh.data_ptr() != moved

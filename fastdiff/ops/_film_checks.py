@@ -15,6 +15,7 @@ from fastdiff.ops._checks import (
     one_dtype,
 )
 from fastdiff.ops._layout import memory_format
+from fastdiff.ops._results import RESULTS
 from fastdiff.reference.film_norm import ACTIVATIONS
 
 
@@ -89,7 +90,7 @@ def arrange(
         x = x.contiguous()
     if residual is not None:
         residual = residual.contiguous(memory_format=fmt)
-    out = torch.empty_like(x)
+    out = RESULTS.empty_like(x)
     weight, bias = one_dtype(weight, bias)
     scale, shift = one_dtype(scale, shift)
     return FilmNorm(

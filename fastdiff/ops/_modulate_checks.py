@@ -15,6 +15,7 @@ from fastdiff.ops._checks import (
     kind,
     one_dtype,
 )
+from fastdiff.ops._results import RESULTS
 from fastdiff.reference.modulate import NORMS
 
 
@@ -99,9 +100,9 @@ def arrange(
     x = x.contiguous()
     scale, shift, gate = one_dtype(scale, shift, gate)
     weight, bias = one_dtype(weight, bias)
-    out = torch.empty_like(x) if modulated else None
+    out = RESULTS.empty_like(x) if modulated else None
     total = None
     if residual is not None:
         residual = residual.contiguous()
-        total = torch.empty_like(x)
+        total = RESULTS.empty_like(x)
     return Modulate(x, scale, shift, norm, weight, bias, residual, gate, float(eps), out, total)

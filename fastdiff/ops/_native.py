@@ -7,6 +7,8 @@ from typing import Any
 
 import torch  # first: its libgomp must be in the process before the extension's
 
+from fastdiff.ops._results import RESULTS
+
 extension: Any = None
 missing: str | None = None
 try:
@@ -26,7 +28,7 @@ else:
 
 # Whether C++ can read tensors itself (DLPack's exchange table, in every torch that we support).
 reads_tensors = extension is not None and extension.use_torch(
-    torch.Tensor, torch.nn.Parameter, torch.empty_like
+    torch.Tensor, torch.nn.Parameter, RESULTS.empty_like
 )
 
 # Equal to FdDtype in csrc/half.h.

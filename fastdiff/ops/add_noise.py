@@ -18,6 +18,7 @@ from fastdiff.ops import _native
 from fastdiff.ops._checks import FLOATS, check_choice, check_counter, check_dense, is_finite, kind
 from fastdiff.ops._dispatch import Differentiable, values_only
 from fastdiff.ops._layout import channels, memory_format
+from fastdiff.ops._results import RESULTS
 from fastdiff.ops.noise import Stream, seeds_of
 from fastdiff.reference import add_noise as reference
 from fastdiff.reference.diffusion import PREDICTIONS
@@ -118,9 +119,9 @@ _Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def _outputs(x0: torch.Tensor, target: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    fmt = memory_format(x0) or torch.contiguous_format
-    x = torch.empty_like(x0, memory_format=fmt)
-    return x, None if target == "sample" else torch.empty_like(x)
+    walked = memory_format(x0) is not None
+    x = RESULTS.empty_like(x0) if walked else RESULTS.new_empty(x0, x0.shape)
+    return x, None if target == "sample" else RESULTS.empty_like(x)
 
 
 def _call(

@@ -19,6 +19,7 @@ from fastdiff.backends import Implementation, Op, choose
 from fastdiff.ops import _native
 from fastdiff.ops._checks import check_dtype, check_shape, is_finite
 from fastdiff.ops._layout import channels, check_written, memory_format
+from fastdiff.ops._results import RESULTS
 from fastdiff.ops.noise import Stream, as_seeds
 from fastdiff.reference.brownian import Tree, increment, weighted_normals
 
@@ -211,11 +212,10 @@ def prepare(
     if add_to is not None and add_to.shape != full:
         raise ValueError(f"brownian: add_to must have shape {full}, got {tuple(add_to.shape)}")
     if out is None:
-        out = (
-            torch.empty(full, dtype=dtype, device=device)
-            if add_to is None
-            else torch.empty_like(add_to)
-        )
+        if add_to is None:
+            out = RESULTS.new_empty(values, full, dtype, device)
+        else:
+            out = RESULTS.empty_like(add_to)
     elif out.shape != full:
         raise ValueError(f"brownian: out must have shape {full}, got {tuple(out.shape)}")
     else:

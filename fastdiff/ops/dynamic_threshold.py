@@ -16,6 +16,7 @@ from fastdiff.backends import Implementation, Op, choose
 from fastdiff.ops import _native
 from fastdiff.ops._checks import is_finite
 from fastdiff.ops._layout import check_written, memory_format
+from fastdiff.ops._results import RESULTS
 from fastdiff.reference import dynamic_threshold as reference
 
 
@@ -105,7 +106,7 @@ def prepare(
     """The arguments of `dynamic_threshold`, checked, with its outputs allocated."""
     _check(x, ratio, max_value)
     if out is None:
-        out = torch.empty_like(x)
+        out = RESULTS.empty_like(x)
     elif not isinstance(out, torch.Tensor) or (out.shape, out.dtype, out.device) != (
         x.shape,
         x.dtype,

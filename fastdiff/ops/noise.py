@@ -20,6 +20,7 @@ from fastdiff.backends import Implementation, Op, choose
 from fastdiff.ops import _native
 from fastdiff.ops._checks import check_counter, check_dtype, check_shape
 from fastdiff.ops._layout import channels, check_written, memory_format
+from fastdiff.ops._results import RESULTS
 from fastdiff.reference.noise import normals
 
 _SEED_LIMIT = 1 << 64
@@ -190,7 +191,7 @@ def prepare(
     full = (values.shape[0], *shape)
     if out is None:
         check_dtype("randn", dtype)
-        out = torch.empty(full, dtype=dtype, device=device)
+        out = RESULTS.new_empty(values, full, dtype, device)
     elif out.shape != full:
         raise ValueError(f"randn: out must have shape {full}, got {tuple(out.shape)}")
     elif not out.is_floating_point():
@@ -248,7 +249,7 @@ def _at_tensor(
 
 
 def _fake(seeds: torch.Tensor, shape: Sequence[int], *_: Any) -> torch.Tensor:
-    return torch.empty((seeds.shape[0], *shape), dtype=torch.float32, device=seeds.device)
+    return RESULTS.new_empty(seeds, (seeds.shape[0], *shape), torch.float32)
 
 
 # float32 noise on the device of the seeds; a counter in a tensor is for graphs that do not know it

@@ -18,6 +18,7 @@ from fastdiff.backends import Implementation, Op, choose, forced, use_backend
 from fastdiff.ops import _native
 from fastdiff.ops._dispatch import Differentiable, traced, values_only
 from fastdiff.ops._reparameterize_checks import check
+from fastdiff.ops._results import RESULTS
 from fastdiff.ops.noise import Stream
 from fastdiff.reference import reparameterize as reference
 from fastdiff.reference.noise import normals
@@ -164,7 +165,7 @@ _Pair = tuple[torch.Tensor, torch.Tensor]
 def _outputs(mu: torch.Tensor, samples: int | None) -> _Pair:
     kl = torch.float64 if mu.dtype == torch.float64 else torch.float32
     shape = mu.shape if samples is None else (mu.shape[0], samples, *mu.shape[1:])
-    return mu.new_empty(shape), torch.empty(mu.shape[0], dtype=kl, device=mu.device)
+    return RESULTS.new_empty(mu, shape), torch.empty(mu.shape[0], dtype=kl, device=mu.device)
 
 
 def _forward(
@@ -197,8 +198,7 @@ def _call(
 
 
 def _gradients(mu: torch.Tensor) -> _Pair:
-    empty = torch.empty_like(mu, memory_format=torch.contiguous_format)
-    return empty, torch.empty_like(empty)
+    return RESULTS.new_empty(mu, mu.shape), RESULTS.new_empty(mu, mu.shape)
 
 
 def _backward(

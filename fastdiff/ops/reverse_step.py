@@ -12,6 +12,7 @@ from fastdiff.backends import Implementation, Op, choose
 from fastdiff.ops import _native, _step_cpu
 from fastdiff.ops._checks import check_dense
 from fastdiff.ops._layout import memory_format
+from fastdiff.ops._results import RESULTS
 from fastdiff.ops._step_checks import (
     Cursor,
     Like,
@@ -235,7 +236,7 @@ def prepare(
         if not isinstance(clip, torch.Tensor) and clip < 0:
             raise ValueError(f"reverse_step: clip must not be negative, got {clip}")
     if out is None:
-        out = torch.empty_like(x)
+        out = RESULTS.empty_like(x)
     else:
         require("out", out, like, "", dtype)
         in_place("out", out, fmt)

@@ -16,7 +16,6 @@ from torch import Tensor
 from fastdiff.integrations.diffusers._moves import ANCHOR, FOREIGN, Move, bind
 from fastdiff.integrations.diffusers._outputs import version
 from fastdiff.integrations.diffusers._quick import Quick, fits
-from fastdiff.integrations.diffusers._results import Results
 from fastdiff.integrations.diffusers._trace import NotAffine, Trace, is_state
 from fastdiff.ops._layout import memory_format
 from fastdiff.table import HISTORY_SLOTS
@@ -114,7 +113,6 @@ class Runtime:
         self.slots: dict[int, int] = {}
         self.buffer: Tensor | None = None
         self.like: Any = None
-        self.results = Results()
         self.seeds: tuple[Any, Tensor] | None = None
         self.fresh: dict[str, Any] = {}  # the state before the first step of a run
 

@@ -123,7 +123,7 @@ def run(scheduler: Any, move: Move, call: Any) -> Any:
         seeds,
         1.0,
         quick.clip,
-        runtime.results.like(sample),
+        None,
         None,
         *quick.arguments,
     )
@@ -132,7 +132,7 @@ def run(scheduler: Any, move: Move, call: Any) -> Any:
             return None
         new = reverse_step(
             sample, model_output, move.rows, 0, uncond=raw, clip=quick.clip, y=anchor,
-            history=runtime.ring if quick.ringed else None, out=runtime.results.like(sample),
+            history=runtime.ring if quick.ringed else None,
         )  # fmt: skip
     if quick.index is not None:
         values["_step_index"] = quick.index

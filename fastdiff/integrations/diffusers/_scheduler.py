@@ -234,7 +234,7 @@ class DropIn(Draws):
             0,
             clip=move.clip,
             y=anchor,
-            out=x if half is not None and x is not sample else self._fastdiff.results.like(x),
+            out=x if half is not None and x is not sample else None,
             model_input=half,
             **state,
         )
