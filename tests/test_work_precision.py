@@ -16,7 +16,7 @@ from fastdiff import solvers
 ROOT = str(Path(__file__).resolve().parents[1])
 if ROOT not in sys.path:  # last, so that an installed fastdiff wins over the checkout
     sys.path.append(ROOT)
-readme = import_module("benchmarks.readme")
+tables = import_module("benchmarks.tables")
 work_precision = import_module("benchmarks.work_precision")
 
 STEPS = (40, 80, 160)
@@ -93,6 +93,6 @@ def test_rows_make_a_table_and_a_plot(tmp_path, monkeypatch):
     ])  # fmt: skip
     assert {r["case"] for r in json.loads(out.read_text())} == {"order", "weak"}
     assert picture.stat().st_size > 10_000
-    monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    table = readme.work_precision_table()
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    table = tables.work_precision_table()
     assert "`ddim` | vp | 1 | " in table and "`ddpm` | vp | 1 |" in table
