@@ -109,6 +109,15 @@ bool torch_noise(Address state, Address out, int out_dtype, int64_t size) {
   return active->torch_noise(args);
 }
 
+bool brownian_tree(Address seeds, Address factors, Address moves, int64_t draws, int64_t steps,
+                   int64_t waiting, float sign, float divisor, int64_t samples, int64_t size,
+                   Address out) {
+  const FdTreeArgs args{at<uint32_t>(seeds), at<float>(factors), at<int32_t>(moves), draws, steps,
+                        waiting, sign, divisor, samples, size, at<float>(out)};
+  nb::gil_scoped_release release;
+  return active->brownian_tree(args);
+}
+
 void reverse_step(Address x, Address output, Address uncond, Address variance,
                   int64_t output_stride, int64_t uncond_stride, int64_t variance_stride,
                   int output_dtype, Address y, Address history, int64_t history_stride,
@@ -271,6 +280,7 @@ NB_MODULE(_cpu, m) {
   m.def("dynamic_threshold", &dynamic_threshold);
   m.def("reverse_step", &reverse_step);
   m.def("torch_noise", &torch_noise);
+  m.def("brownian_tree", &brownian_tree);
   m.def("guidance_rescale", &guidance_rescale);
   m.def("use_torch", &use_torch);
   m.def("quick_step", &quick_step, nb::arg("x").none(), nb::arg("output").none(),

@@ -1,0 +1,295 @@
+"""torchsde's Brownian tree as diffusers, k-diffusion and ComfyUI query it, bit for bit.
+
+The path of Li et al. 2020 (arXiv:2001.01328, section 4), as torchsde's `BrownianInterval` builds it
+with ``halfway_tree=True``: the increment over the whole interval is drawn first, a node's increment
+is split at the middle by normals of the node's own seed, and what is asked for is a sum of nodes.
+Times are rounded first, so an increment depends on the entropy and on its ends alone, not on what
+was asked before. Nothing is kept from query to query but the times of nodes: an increment is computed
+from the root, in one pass of `csrc/cpu/brownian_tree.cpp` over the result, or by PyTorch where the
+kernel cannot (another dtype or device, fewer than 16 values, a CPU or a torch whose normals are not
+the kernel's). Levy areas and other tolerances are torchsde's own matter.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdiff.integrations import _torch_noise
+from fastdiff.ops import _native
+from fastdiff.ops._dispatch import values_only
+
+_DIGITS = 6  # of a time behind the point: torchsde's tol=1e-6
+_POOL = 24  # words of entropy: its pool_size
+_LEAST = 16  # values, below which torch draws one by one
+_NODES = 1 << 14  # of a tree that are kept: 8 MB or so
+
+_LEFT, _RIGHT, _BOTH, _LEAF = range(4)  # as FdTreeMove in csrc/cpu/kernels.h
+
+
+class _Node:
+    """An interval of the tree: rounded ends, and how its increment is split if it was."""
+
+    __slots__ = ("depth", "end", "factors", "key", "left", "middle", "right", "spawn", "start")
+    spawn: list[int]
+    middle: float
+    left: _Node
+    right: _Node
+    factors: tuple[float, float, float]
+
+    def __init__(self, start: float, end: float, key: int = 0, depth: int = 0) -> None:
+        self.start, self.end, self.key, self.depth = start, end, key, depth
+        self.spawn = []  # until it is split
+
+    def split(self) -> None:
+        """Make both halves, and the factors of the left one: share, inverse length and spread."""
+        self.middle = middle = round(0.5 * (self.end + self.start), _DIGITS)
+        self.left = _Node(self.start, middle, 2 * self.key, self.depth + 1)
+        self.right = _Node(middle, self.end, 2 * self.key + 1, self.depth + 1)
+        inverse = 1 / (self.end - self.start)
+        before, behind = middle - self.start, self.end - middle
+        self.factors = before, inverse, math.sqrt(before * behind * inverse)
+        self.spawn = [*_words(self.key), *_words(self.depth)]
+
+
+# --- seeds -----------------------------------------------------------------------------------
+
+# constants of numpy's SeedSequence: first and factor of two hashes, and those of its mixing
+_A, _B, _MIX = (0x43B0D7E5, 0x931E8875), (0x8B51F9DD, 0x58F38DED), (0xCA01F9DD, 0x4973F715)
+_MASK, _HALF = 0xFFFFFFFF, np.uint32(16)
+
+
+def _words(value: int) -> list[int]:
+    """uint32 words of an integer from the lowest, one at least."""
+    return [value >> at & _MASK for at in range(0, max(value.bit_length(), 1), 32)]
+
+
+@lru_cache(maxsize=64)
+def _hash_constants(made: int) -> tuple[int, int]:
+    """What a word is combined with in its hash and multiplied by, after so many hashes."""
+    before = _A[0] * pow(_A[1], made, 1 << 32) & _MASK
+    return before, before * _A[1] & _MASK
+
+
+class _Seeds:
+    """First words of ``SeedSequence(entropy, spawn_key=(key, depth), pool_size=24)``.
+
+    The pool is the same for every node until the spawn key comes, and of its words only the first
+    has to take that in.
+    """
+
+    def __init__(self, entropies: Sequence[int]) -> None:
+        pools = [np.random.SeedSequence(e, pool_size=_POOL).pool[0] for e in entropies]
+        self._first = np.array(pools, np.uint32)[:, None]
+        # every word of the pool is hashed once for each other one, and once for each beyond it
+        self._made = [_POOL * max(_POOL, len(_words(int(e)))) for e in entropies]
+
+    def of(self, nodes: Sequence[_Node]) -> np.ndarray:
+        """(entropies, 1 + nodes) uint32: the seed of the root's increment, then of each split."""
+        pool = np.repeat(self._first, 1 + len(nodes), axis=1)
+        lengths = [len(node.spawn) for node in nodes]
+        for j in range(max(lengths, default=0)):
+            column = [node.spawn[j] if j < len(node.spawn) else 0 for node in nodes]
+            mixed = self._mixed(pool[:, 1:], np.array(column, np.uint32), j)
+            if j >= min(lengths):
+                mixed = np.where(np.array(lengths) > j, mixed, pool[:, 1:])
+            pool[:, 1:] = mixed
+        pool ^= np.uint32(_B[0])
+        pool *= np.uint32(_B[0] * _B[1] & _MASK)
+        return pool ^ (pool >> _HALF)
+
+    def _mixed(self, pool: np.ndarray, words: np.ndarray, j: int) -> np.ndarray:
+        """The pool's first word after word j of the spawn keys."""
+        constants = [_hash_constants(made + _POOL * j) for made in self._made]
+        before, factor = np.array(constants, np.uint32).T[:, :, None]
+        hashed = (words ^ before) * factor
+        hashed ^= hashed >> _HALF
+        mixed = pool * np.uint32(_MIX[0]) - hashed * np.uint32(_MIX[1])
+        return np.asarray(mixed ^ (mixed >> _HALF))
+
+
+# --- the tree --------------------------------------------------------------------------------
+
+
+class BrownianTree:
+    """Paths over one interval, each a tree of its own.
+
+    For each entropy e the values of ``torchsde.BrownianInterval(t0, t1, size=shape, entropy=e,
+    tol=1e-6, pool_size=24, halfway_tree=True)``, and so of ``torchsde.BrownianTree``.
+
+    Args:
+        t0, t1: ends of the interval, finite, t0 not above t1.
+        entropies: ints, not negative.
+        shape, dtype, device: of one path's value.
+
+    Raises:
+        ValueError: the ends are not finite or not in order, or an entropy is negative.
+    """
+
+    def __init__(
+        self,
+        t0: float,
+        t1: float,
+        entropies: Sequence[int],
+        shape: Sequence[int],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if not -math.inf < t0 <= t1 < math.inf:
+            rule = "t0 and t1 must be finite, t0 not above t1"
+            raise ValueError(f"BrownianTree: {rule}, got {t0} and {t1}")
+        self.shape, self.dtype, self.device = tuple(shape), dtype, torch.device(device)
+        self._ends = round(t0, _DIGITS), round(t1, _DIGITS)
+        self._spread = math.sqrt(t1 - t0)  # of the ends as given
+        self._seeds = _Seeds(entropies)
+        self._count = len(entropies)
+        self._root, self._split = _Node(*self._ends), 0
+
+    def __call__(
+        self, ta: float, tb: float, sign: int = 1, divisor: Tensor | None = None
+    ) -> Tensor:
+        """Increments over [ta, tb], times the sign and over the divisor.
+
+        Times beyond the ends count as the ends, with a warning if it is by more than a rounding;
+        between times that round to the same 1e-6 there is no increment.
+
+        Args:
+            ta, tb: in order.
+            divisor: one number.
+
+        Returns:
+            (entropies, *shape).
+
+        Raises:
+            ValueError: the times are not in order, or not numbers.
+        """
+        if not ta <= tb:
+            raise ValueError(f"BrownianTree: ta must not be above tb, got {ta} and {tb}")
+        low, high = self._ends
+        slack = 1e-6 + 1e-6 * max(abs(low), abs(high))  # float32's rounding of a time
+        if ta < low - slack or tb > high + slack:
+            span = f"ta and tb must lie in [{low}, {high}], where the path is"
+            warnings.warn(f"BrownianTree: {span}, got {ta} and {tb}", stacklevel=2)
+        ta, tb = (round(min(max(t, low), high), _DIGITS) for t in (ta, tb))
+        out = torch.empty((self._count, *self.shape), dtype=self.dtype, device=self.device)
+        if ta == tb:
+            out.zero_()
+        else:
+            moves, nodes = self._plan(ta, tb)
+            seeds = self._seeds.of(nodes)
+            if self._able(out, divisor) and _agrees(_native.extension.isa()):
+                over = 1.0 if divisor is None else float(divisor)
+                self._fused(out, moves, nodes, seeds, sign, over)
+                return out
+            for path, own in zip(out, seeds.tolist(), strict=True):
+                path.copy_(self._plain(moves, nodes, own))
+        out *= sign
+        return out if divisor is None else out / divisor
+
+    def _plan(self, ta: float, tb: float) -> tuple[list[int], list[_Node]]:
+        """The moves down to the nodes that make up [ta, tb], in order, and what is split for it."""
+        moves: list[int] = []
+        nodes: list[_Node] = []
+        if self._split > _NODES:
+            self._root, self._split = _Node(*self._ends), 0
+        later = [(self._root, ta, tb)]
+        while later:
+            node, start, end = later.pop()
+            while start != node.start or end != node.end:
+                if not node.spawn:
+                    node.split()
+                    self._split += 1
+                nodes.append(node)
+                middle = node.middle
+                if end <= middle:
+                    moves.append(_LEFT)
+                    node = node.left
+                elif start >= middle:
+                    moves.append(_RIGHT)
+                    node = node.right
+                else:
+                    moves.append(_BOTH)
+                    later.append((node.right, middle, end))
+                    node, end = node.left, middle
+            moves.append(_LEAF)
+        return moves, nodes
+
+    def _plain(self, moves: Sequence[int], nodes: Sequence[_Node], seeds: Sequence[int]) -> Tensor:
+        """The increment of one path, by the operations that torchsde makes."""
+        normals = (self._normals(seed) for seed in seeds)
+        split = iter(nodes)
+        waiting = [next(normals) * self._spread]
+        leaves = []
+        for move in moves:
+            value = waiting.pop()
+            if move == _LEAF:
+                leaves.append(leaves.pop() + value if leaves else value)
+                continue
+            share, inverse, spread = next(split).factors
+            left = share * value * inverse + spread * next(normals)
+            if move != _LEFT:
+                waiting.append(value - left)
+            if move != _RIGHT:
+                waiting.append(left)
+        return leaves[0]
+
+    def _normals(self, seed: int) -> Tensor:
+        generator = torch.Generator(self.device).manual_seed(seed)
+        empty = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        return _torch_noise.fill_(empty, generator)
+
+    def _able(self, out: Tensor, divisor: Tensor | None) -> bool:
+        """Whether the kernel takes this result, and the divisor is a number beside it."""
+        return (
+            _native.extension is not None
+            and out.is_cpu
+            and out.dtype == torch.float32
+            and math.prod(self.shape) >= _LEAST
+            and values_only((divisor,))
+            and (divisor is None or (divisor.is_cpu and divisor.dim() == 0))
+        )
+
+    def _fused(
+        self,
+        out: Tensor,
+        moves: Sequence[int],
+        nodes: Sequence[_Node],
+        seeds: np.ndarray,
+        sign: float,
+        divisor: float,
+    ) -> bool:
+        """Fill (entropies, *shape) ``out``; false, with nothing changed, where no kernel can."""
+        rows = [(self._spread, 0.0, 0.0), *(node.factors for node in nodes)]
+        factors, steps = np.array(rows, np.float32), np.array(moves, np.int32)
+        return bool(
+            _native.extension.brownian_tree(
+                seeds.ctypes.data, factors.ctypes.data, steps.ctypes.data, len(rows), len(moves),
+                1 + moves.count(_BOTH), sign, divisor, len(out), math.prod(self.shape),
+                out.data_ptr(),
+            )
+        )  # fmt: skip
+
+
+@cache
+def _agrees(isa: str) -> bool:
+    """Whether the kernel's increments are those of torch's operations here: asked once a process.
+
+    Two paths of more than one piece, with the values at the end that torch draws again.
+    """
+    if not _torch_noise._agrees(torch.float32, isa):
+        return False
+    tree = BrownianTree(0.03, 14.6, [1, 2**40], (1265,))
+    moves, nodes = tree._plan(0.7, 3.1)
+    seeds = tree._seeds.of(nodes)
+    got = torch.empty(2, 1265)
+    if not tree._fused(got, moves, nodes, seeds, 1.0, 1.0):
+        return False
+    want = torch.stack([tree._plain(moves, nodes, own) for own in seeds.tolist()])
+    return torch.equal(got.view(torch.int32), want.view(torch.int32))
