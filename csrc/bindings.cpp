@@ -109,11 +109,14 @@ bool torch_noise(Address state, Address out, int out_dtype, int64_t size) {
   return active->torch_noise(args);
 }
 
-bool brownian_tree(Address seeds, Address factors, Address moves, int64_t draws, int64_t steps,
-                   int64_t waiting, float sign, float divisor, int64_t samples, int64_t size,
-                   Address out) {
-  const FdTreeArgs args{at<uint32_t>(seeds), at<float>(factors), at<int32_t>(moves), draws, steps,
-                        waiting, sign, divisor, samples, size, at<float>(out)};
+bool brownian_tree(nb::bytes seeds, nb::bytes factors, nb::bytes moves, int64_t waiting, float sign,
+                   float divisor, int64_t samples, int64_t size, Address out) {
+  const FdTreeArgs args{static_cast<const uint32_t*>(seeds.data()),
+                        static_cast<const float*>(factors.data()),
+                        static_cast<const uint8_t*>(moves.data()),
+                        static_cast<int64_t>(factors.size() / (3 * sizeof(float))),
+                        static_cast<int64_t>(moves.size()), waiting, sign, divisor, samples, size,
+                        at<float>(out)};
   nb::gil_scoped_release release;
   return active->brownian_tree(args);
 }

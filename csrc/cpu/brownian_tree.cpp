@@ -20,18 +20,16 @@ namespace {
 constexpr int kPiece = 2 * kState;  // values: whole states, whole blocks and whole vectors
 constexpr int kPair = 2 * kWidth;   // values that box_muller gives
 
-// The states of `count` generators after torch's manual_seed: 624 words each. A chain is serial, and
-// several at a time hide that.
-inline void seed_states(const uint32_t* seeds, int64_t count, uint32_t* states) {
+// The states of `count` generators after torch's manual_seed, from every seed of a stride. Each is a
+// serial chain, and several at a time hide that.
+inline void seed_states(const uint32_t* seeds, int64_t stride, int64_t count, uint32_t* states) {
   constexpr int kChains = 8;
   for (int64_t first = 0; first < count; first += kChains) {
     const int chains = static_cast<int>(least(kChains, count - first));
     uint32_t last[kChains] = {};
-    for (int c = 0; c < chains; ++c) last[c] = seeds[first + c];
+    for (int c = 0; c < chains; ++c) last[c] = seeds[(first + c) * stride];
     for (uint32_t i = 0; i < kState; ++i) {
-      for (int c = 0; c < chains; ++c) {
-        states[(first + c) * kState + i] = last[c];
-      }
+      for (int c = 0; c < chains; ++c) states[(first + c) * kState + i] = last[c];
       for (int c = 0; c < kChains; ++c)
         last[c] = 1812433253u * (last[c] ^ (last[c] >> 30)) + (i + 1);
     }
@@ -132,9 +130,10 @@ inline void write(const FdTreeArgs& a, const float* sum, float* out, int64_t cou
 
 // Pieces [begin, end) of one tensor, and with the last one the values that torch draws again where
 // 16 does not divide the size: from 16 words behind one for every value.
-inline void run(const FdTreeArgs& a, const uint32_t* seeds, float* out, int64_t begin, int64_t end) {
+inline void run(const FdTreeArgs& a, int64_t sample, int64_t begin, int64_t end) {
   Room room(a);
-  seed_states(seeds, a.draws, room.states);
+  float* out = a.out + sample * a.size;
+  seed_states(a.seeds + sample, a.samples, a.draws, room.states);
   for (int64_t draw = 0; draw < a.draws; ++draw)
     for (int64_t piece = 0; piece < begin; ++piece) room.next(draw, kPiece, kPiece);
   const int64_t blocks = a.size / kBlock * kBlock;
@@ -169,9 +168,7 @@ bool brownian_tree(const FdTreeArgs& a) {
   const int64_t shares = worthwhile_threads(pieces, cost);
   for (int64_t i = 0; i < a.samples; ++i)
     parallel_for(shares, cost * static_cast<double>(pieces), [&](int64_t from, int64_t to) {
-      const int64_t begin = first_block(from, shares, pieces);
-      const int64_t end = first_block(to, shares, pieces);
-      run(a, a.seeds + i * a.draws, a.out + i * a.size, begin, end);
+      run(a, i, first_block(from, shares, pieces), first_block(to, shares, pieces));
     });
   return true;
 }

@@ -177,9 +177,9 @@ struct FdTorchNoiseArgs {
 enum FdTreeMove { kTreeLeft = 0, kTreeRight = 1, kTreeBoth = 2, kTreeLeaf = 3 };
 
 struct FdTreeArgs {
-  const uint32_t* seeds;  // (samples, draws): of the root and of every value that is split, in order
-  const float* factors;   // (draws, 3): share, inverse and spread; of the root its size alone
-  const int32_t* moves;   // (steps,) of FdTreeMove, depth first and left before right
+  const uint32_t* seeds;  // (draws, samples): of the root and of every value that is split, in order
+  const float* factors;   // (draws, 3): share, inverse and spread; of the root its spread comes first
+  const uint8_t* moves;   // (steps,) of FdTreeMove, depth first and left before right
   int64_t draws, steps;
   int64_t waiting;  // the most values that there are at once
   float sign, divisor;

@@ -13,6 +13,7 @@ the kernel's). Levy areas and other tolerances are torchsde's own matter.
 from __future__ import annotations
 
 import math
+import struct
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
@@ -34,41 +35,16 @@ _NODES = 1 << 14  # of a tree that are kept: 8 MB or so
 _LEFT, _RIGHT, _BOTH, _LEAF = range(4)  # as FdTreeMove in csrc/cpu/kernels.h
 
 
-class _Node:
-    """An interval of the tree: rounded ends, and how its increment is split if it was."""
-
-    __slots__ = ("depth", "end", "factors", "key", "left", "middle", "right", "spawn", "start")
-    spawn: list[int]
-    middle: float
-    left: _Node
-    right: _Node
-    factors: tuple[float, float, float]
-
-    def __init__(self, start: float, end: float, key: int = 0, depth: int = 0) -> None:
-        self.start, self.end, self.key, self.depth = start, end, key, depth
-        self.spawn = []  # until it is split
-
-    def split(self) -> None:
-        """Make both halves, and the factors of the left one: share, inverse length and spread."""
-        self.middle = middle = round(0.5 * (self.end + self.start), _DIGITS)
-        self.left = _Node(self.start, middle, 2 * self.key, self.depth + 1)
-        self.right = _Node(middle, self.end, 2 * self.key + 1, self.depth + 1)
-        inverse = 1 / (self.end - self.start)
-        before, behind = middle - self.start, self.end - middle
-        self.factors = before, inverse, math.sqrt(before * behind * inverse)
-        self.spawn = [*_words(self.key), *_words(self.depth)]
-
-
-# --- seeds -----------------------------------------------------------------------------------
-
 # constants of numpy's SeedSequence: first and factor of two hashes, and those of its mixing
 _A, _B, _MIX = (0x43B0D7E5, 0x931E8875), (0x8B51F9DD, 0x58F38DED), (0xCA01F9DD, 0x4973F715)
-_MASK, _HALF = 0xFFFFFFFF, np.uint32(16)
+_MASK = 0xFFFFFFFF
 
 
 def _words(value: int) -> list[int]:
     """uint32 words of an integer from the lowest, one at least."""
-    return [value >> at & _MASK for at in range(0, max(value.bit_length(), 1), 32)]
+    if value <= _MASK:
+        return [value]
+    return [value >> at & _MASK for at in range(0, value.bit_length(), 32)]
 
 
 @lru_cache(maxsize=64)
@@ -78,41 +54,70 @@ def _hash_constants(made: int) -> tuple[int, int]:
     return before, before * _A[1] & _MASK
 
 
-class _Seeds:
-    """First words of ``SeedSequence(entropy, spawn_key=(key, depth), pool_size=24)``.
+class _Entropy:
+    """First words of ``SeedSequence(entropy, spawn_key=spawn, pool_size=24)``.
 
-    The pool is the same for every node until the spawn key comes, and of its words only the first
-    has to take that in.
+    The pool is the same for every spawn key until that comes in, and of its words only the first
+    has to go on.
     """
 
-    def __init__(self, entropies: Sequence[int]) -> None:
-        pools = [np.random.SeedSequence(e, pool_size=_POOL).pool[0] for e in entropies]
-        self._first = np.array(pools, np.uint32)[:, None]
+    def __init__(self, entropy: int) -> None:
+        self._first = int(np.random.SeedSequence(entropy, pool_size=_POOL).pool[0])
         # every word of the pool is hashed once for each other one, and once for each beyond it
-        self._made = [_POOL * max(_POOL, len(_words(int(e)))) for e in entropies]
+        self._made = _POOL * max(_POOL, len(_words(int(entropy))))
 
-    def of(self, nodes: Sequence[_Node]) -> np.ndarray:
-        """(entropies, 1 + nodes) uint32: the seed of the root's increment, then of each split."""
-        pool = np.repeat(self._first, 1 + len(nodes), axis=1)
-        lengths = [len(node.spawn) for node in nodes]
-        for j in range(max(lengths, default=0)):
-            column = [node.spawn[j] if j < len(node.spawn) else 0 for node in nodes]
-            mixed = self._mixed(pool[:, 1:], np.array(column, np.uint32), j)
-            if j >= min(lengths):
-                mixed = np.where(np.array(lengths) > j, mixed, pool[:, 1:])
-            pool[:, 1:] = mixed
-        pool ^= np.uint32(_B[0])
-        pool *= np.uint32(_B[0] * _B[1] & _MASK)
-        return pool ^ (pool >> _HALF)
+    def seed(self, spawn: Sequence[int]) -> int:
+        """The first word that is generated, for the uint32 words of a spawn key."""
+        pool, made = self._first, self._made
+        for word in spawn:
+            before, factor = _hash_constants(made)
+            hashed = (word ^ before) * factor & _MASK
+            hashed ^= hashed >> 16
+            pool = (pool * _MIX[0] - hashed * _MIX[1]) & _MASK
+            pool ^= pool >> 16
+            made += _POOL
+        word = (pool ^ _B[0]) * (_B[0] * _B[1]) & _MASK
+        return word ^ (word >> 16)
 
-    def _mixed(self, pool: np.ndarray, words: np.ndarray, j: int) -> np.ndarray:
-        """The pool's first word after word j of the spawn keys."""
-        constants = [_hash_constants(made + _POOL * j) for made in self._made]
-        before, factor = np.array(constants, np.uint32).T[:, :, None]
-        hashed = (words ^ before) * factor
-        hashed ^= hashed >> _HALF
-        mixed = pool * np.uint32(_MIX[0]) - hashed * np.uint32(_MIX[1])
-        return np.asarray(mixed ^ (mixed >> _HALF))
+
+class _Node:
+    """An interval of the tree: rounded ends, and how its increment is split once it was.
+
+    Attributes:
+        factors: of the left half: share, inverse length, spread.
+        seeds: of the split's normals, one a path.
+        packed: seeds and factors as the kernel reads them.
+    """
+
+    __slots__ = (
+        "depth", "end", "factors", "key", "left", "middle", "packed", "right", "seeds", "start",
+    )  # fmt: skip
+    middle: float
+    left: _Node
+    right: _Node
+    factors: tuple[float, float, float]
+    packed: tuple[bytes, bytes]
+
+    def __init__(self, start: float, end: float, key: int = 0, depth: int = 0) -> None:
+        self.start, self.end, self.key, self.depth = start, end, key, depth
+        self.seeds: tuple[int, ...] = ()
+
+    def split(self, entropies: Sequence[_Entropy]) -> None:
+        """Make both halves."""
+        self.middle = middle = round(0.5 * (self.end + self.start), _DIGITS)
+        key, depth = 2 * self.key, self.depth + 1
+        self.left = _Node(self.start, middle, key, depth)
+        self.right = _Node(middle, self.end, key + 1, depth)
+        inverse = 1 / (self.end - self.start)
+        before, behind = middle - self.start, self.end - middle
+        self.factors = before, inverse, math.sqrt(before * behind * inverse)
+        spawn = [*_words(self.key), *_words(self.depth)]
+        self.seeds = tuple([entropy.seed(spawn) for entropy in entropies])
+        self.packed = _packed(self.seeds, self.factors)
+
+
+def _packed(seeds: Sequence[int], factors: Sequence[float]) -> tuple[bytes, bytes]:
+    return struct.pack(f"={len(seeds)}I", *seeds), struct.pack("=3f", *factors)
 
 
 # --- the tree --------------------------------------------------------------------------------
@@ -148,8 +153,9 @@ class BrownianTree:
         self.shape, self.dtype, self.device = tuple(shape), dtype, torch.device(device)
         self._ends = round(t0, _DIGITS), round(t1, _DIGITS)
         self._spread = math.sqrt(t1 - t0)  # of the ends as given
-        self._seeds = _Seeds(entropies)
-        self._count = len(entropies)
+        self._entropies = [_Entropy(entropy) for entropy in entropies]
+        self._seeds = [entropy.seed(()) for entropy in self._entropies]
+        self._packed = _packed(self._seeds, (self._spread, 0.0, 0.0))
         self._root, self._split = _Node(*self._ends), 0
 
     def __call__(
@@ -178,18 +184,17 @@ class BrownianTree:
             span = f"ta and tb must lie in [{low}, {high}], where the path is"
             warnings.warn(f"BrownianTree: {span}, got {ta} and {tb}", stacklevel=2)
         ta, tb = (round(min(max(t, low), high), _DIGITS) for t in (ta, tb))
-        out = torch.empty((self._count, *self.shape), dtype=self.dtype, device=self.device)
+        shape = len(self._entropies), *self.shape
+        out = torch.empty(shape, dtype=self.dtype, device=self.device)
         if ta == tb:
             out.zero_()
         else:
             moves, nodes = self._plan(ta, tb)
-            seeds = self._seeds.of(nodes)
             if self._able(out, divisor) and _agrees(_native.extension.isa()):
-                over = 1.0 if divisor is None else float(divisor)
-                self._fused(out, moves, nodes, seeds, sign, over)
+                self._fused(out, moves, nodes, sign, 1.0 if divisor is None else float(divisor))
                 return out
-            for path, own in zip(out, seeds.tolist(), strict=True):
-                path.copy_(self._plain(moves, nodes, own))
+            for i, path in enumerate(out):
+                path.copy_(self._plain(moves, nodes, i))
         out *= sign
         return out if divisor is None else out / divisor
 
@@ -203,8 +208,8 @@ class BrownianTree:
         while later:
             node, start, end = later.pop()
             while start != node.start or end != node.end:
-                if not node.spawn:
-                    node.split()
+                if not node.seeds:
+                    node.split(self._entropies)
                     self._split += 1
                 nodes.append(node)
                 middle = node.middle
@@ -221,19 +226,19 @@ class BrownianTree:
             moves.append(_LEAF)
         return moves, nodes
 
-    def _plain(self, moves: Sequence[int], nodes: Sequence[_Node], seeds: Sequence[int]) -> Tensor:
+    def _plain(self, moves: Sequence[int], nodes: Sequence[_Node], path: int) -> Tensor:
         """The increment of one path, by the operations that torchsde makes."""
-        normals = (self._normals(seed) for seed in seeds)
         split = iter(nodes)
-        waiting = [next(normals) * self._spread]
+        waiting = [self._normals(self._seeds[path]) * self._spread]
         leaves = []
         for move in moves:
             value = waiting.pop()
             if move == _LEAF:
                 leaves.append(leaves.pop() + value if leaves else value)
                 continue
-            share, inverse, spread = next(split).factors
-            left = share * value * inverse + spread * next(normals)
+            node = next(split)
+            share, inverse, spread = node.factors
+            left = share * value * inverse + spread * self._normals(node.seeds[path])
             if move != _LEFT:
                 waiting.append(value - left)
             if move != _RIGHT:
@@ -257,24 +262,64 @@ class BrownianTree:
         )
 
     def _fused(
-        self,
-        out: Tensor,
-        moves: Sequence[int],
-        nodes: Sequence[_Node],
-        seeds: np.ndarray,
-        sign: float,
-        divisor: float,
+        self, out: Tensor, moves: list[int], nodes: list[_Node], sign: float, divisor: float
     ) -> bool:
         """Fill (entropies, *shape) ``out``; false, with nothing changed, where no kernel can."""
-        rows = [(self._spread, 0.0, 0.0), *(node.factors for node in nodes)]
-        factors, steps = np.array(rows, np.float32), np.array(moves, np.int32)
+        seeds, factors = zip(self._packed, *[node.packed for node in nodes], strict=True)
         return bool(
             _native.extension.brownian_tree(
-                seeds.ctypes.data, factors.ctypes.data, steps.ctypes.data, len(rows), len(moves),
-                1 + moves.count(_BOTH), sign, divisor, len(out), math.prod(self.shape),
-                out.data_ptr(),
+                b"".join(seeds), b"".join(factors), bytes(moves), 1 + moves.count(_BOTH), sign,
+                divisor, len(out), math.prod(self.shape), out.data_ptr(),
             )
         )  # fmt: skip
+
+
+class BrownianTreeNoiseSampler:
+    """Increments of a Brownian tree over the root of their length, the same tensors as from
+    diffusers', k-diffusion's and, at ``cpu=False``, ComfyUI's class of this name.
+
+    Args:
+        x: tensor whose shape, dtype and device the noise has.
+        sigma_min, sigma_max: ends of the interval, numbers or tensors of one.
+        seed: int, or one int a sample, each with a path of its own; None: drawn from torch's
+            generator.
+        transform: from sigma to the time of the path.
+
+    Raises:
+        ValueError: the seeds are not one a sample, or a seed is negative, or an end is not finite.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        sigma_min: Any,
+        sigma_max: Any,
+        seed: int | Sequence[int] | None = None,
+        transform: Callable[[Tensor], Tensor] = lambda x: x,
+    ) -> None:
+        self.transform = transform
+        ends = [float(transform(torch.as_tensor(sigma))) for sigma in (sigma_min, sigma_max)]
+        self._direction = 1 if ends[0] < ends[1] else -1
+        if seed is None:
+            seed = int(torch.randint(0, 2**63 - 1, []))
+        seeds: Any = seed
+        self._each = not isinstance(seed, int) and hasattr(seed, "__len__")
+        if self._each and len(seeds) != len(x):
+            raise ValueError(
+                "BrownianTreeNoiseSampler: seed must be an int or one a sample "
+                f"({len(x)}), got {len(seeds)}"
+            )
+        paths, shape = (seeds, x.shape[1:]) if self._each else ([seeds], x.shape)
+        self._tree = BrownianTree(*sorted(ends), paths, shape, x.dtype, x.device)
+
+    def __call__(self, sigma: Any, sigma_next: Any) -> Tensor:
+        """The increment from sigma to sigma_next over the root of its length."""
+        t0, t1 = (self.transform(torch.as_tensor(s)) for s in (sigma, sigma_next))
+        start, end = float(t0), float(t1)
+        sign = self._direction if start < end else -self._direction
+        root = (t1 - t0).abs().sqrt()
+        moved = self._tree(min(start, end), max(start, end), sign, root)
+        return moved if self._each else moved[0]
 
 
 @cache
@@ -287,9 +332,8 @@ def _agrees(isa: str) -> bool:
         return False
     tree = BrownianTree(0.03, 14.6, [1, 2**40], (1265,))
     moves, nodes = tree._plan(0.7, 3.1)
-    seeds = tree._seeds.of(nodes)
     got = torch.empty(2, 1265)
-    if not tree._fused(got, moves, nodes, seeds, 1.0, 1.0):
+    if not tree._fused(got, moves, nodes, 1.0, 1.0):
         return False
-    want = torch.stack([tree._plain(moves, nodes, own) for own in seeds.tolist()])
+    want = torch.stack([tree._plain(moves, nodes, path) for path in (0, 1)])
     return torch.equal(got.view(torch.int32), want.view(torch.int32))
