@@ -4,10 +4,10 @@ The path of Li et al. 2020 (arXiv:2001.01328, section 4), as torchsde's `Brownia
 with ``halfway_tree=True``: the increment over the whole interval is drawn first, a node's increment
 is split at the middle by normals of the node's own seed, and what is asked for is a sum of nodes.
 Times are rounded first, so an increment depends on the entropy and on its ends alone, not on what
-was asked before. Nothing is kept from query to query but the times of nodes: an increment is computed
-from the root, in one pass of `csrc/cpu/brownian_tree.cpp` over the result, or by PyTorch where the
-kernel cannot (another dtype or device, fewer than 16 values, a CPU or a torch whose normals are not
-the kernel's). Levy areas and other tolerances are torchsde's own matter.
+was asked before. Nothing is kept from query to query but the times and seeds of nodes: an increment
+is computed from the root, in one pass of `csrc/cpu/brownian_tree.cpp` over the result, or by
+PyTorch where the kernel cannot (another dtype or device, fewer than 16 values, a CPU or a torch
+whose normals are not the kernel's). Levy areas and other tolerances are torchsde's own matter.
 """
 
 from __future__ import annotations
@@ -190,9 +190,12 @@ class BrownianTree:
             out.zero_()
         else:
             moves, nodes = self._plan(ta, tb)
-            if self._able(out, divisor) and _agrees(_native.extension.isa()):
-                self._fused(out, moves, nodes, sign, 1.0 if divisor is None else float(divisor))
-                return out
+            if self._able(out) and _agrees(_native.extension.isa()):
+                over = 1.0
+                if divisor is not None and self._number(divisor):
+                    over, divisor = float(divisor), None
+                self._fused(out, moves, nodes, sign, over)
+                return out if divisor is None else out / divisor
             for i, path in enumerate(out):
                 path.copy_(self._plain(moves, nodes, i))
         out *= sign
@@ -230,7 +233,7 @@ class BrownianTree:
         """The increment of one path, by the operations that torchsde makes."""
         split = iter(nodes)
         waiting = [self._normals(self._seeds[path]) * self._spread]
-        leaves = []
+        leaves: list[Tensor] = []
         for move in moves:
             value = waiting.pop()
             if move == _LEAF:
@@ -250,15 +253,19 @@ class BrownianTree:
         empty = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         return _torch_noise.fill_(empty, generator)
 
-    def _able(self, out: Tensor, divisor: Tensor | None) -> bool:
-        """Whether the kernel takes this result, and the divisor is a number beside it."""
+    @staticmethod
+    def _number(divisor: Tensor) -> bool:
+        """Whether torch takes this for float32's like, and nobody wants its derivative."""
+        return divisor.is_cpu and divisor.dim() == 0 and values_only((divisor,))
+
+    def _able(self, out: Tensor) -> bool:
+        """Whether the kernel takes this result."""
         return (
             _native.extension is not None
             and out.is_cpu
             and out.dtype == torch.float32
             and math.prod(self.shape) >= _LEAST
-            and values_only((divisor,))
-            and (divisor is None or (divisor.is_cpu and divisor.dim() == 0))
+            and values_only(())
         )
 
     def _fused(
@@ -298,8 +305,8 @@ class BrownianTreeNoiseSampler:
         transform: Callable[[Tensor], Tensor] = lambda x: x,
     ) -> None:
         self.transform = transform
-        ends = [float(transform(torch.as_tensor(sigma))) for sigma in (sigma_min, sigma_max)]
-        self._direction = 1 if ends[0] < ends[1] else -1
+        first, last = (float(transform(torch.as_tensor(s))) for s in (sigma_min, sigma_max))
+        self._direction = 1 if first < last else -1
         if seed is None:
             seed = int(torch.randint(0, 2**63 - 1, []))
         seeds: Any = seed
@@ -310,7 +317,8 @@ class BrownianTreeNoiseSampler:
                 f"({len(x)}), got {len(seeds)}"
             )
         paths, shape = (seeds, x.shape[1:]) if self._each else ([seeds], x.shape)
-        self._tree = BrownianTree(*sorted(ends), paths, shape, x.dtype, x.device)
+        ends = min(first, last), max(first, last)
+        self._tree = BrownianTree(*ends, paths, shape, x.dtype, x.device)
 
     def __call__(self, sigma: Any, sigma_next: Any) -> Tensor:
         """The increment from sigma to sigma_next over the root of its length."""

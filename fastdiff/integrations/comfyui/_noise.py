@@ -88,7 +88,7 @@ def quicken(sampler: Any, low: float, high: float, seed: int | None) -> None:
     ours = _Path(BrownianTree(low, high, [seed], theirs.shape, theirs.dtype, theirs.device))
     ends = round(low, 6), round(high, 6)  # as torchsde keeps them
     if torch.equal(ours(*ends), theirs(*ends)):
-        sampler.tree.trees = type(trees)([ours])
+        sampler.tree.trees = (ours,)
 
 
 def comfyui_noise(solver: str, x: Tensor, sigmas: Tensor, seed: int | None) -> NoiseSource:
