@@ -112,8 +112,9 @@ class _Node:
         before, behind = middle - self.start, self.end - middle
         self.factors = before, inverse, math.sqrt(before * behind * inverse)
         spawn = [*_words(self.key), *_words(self.depth)]
-        self.seeds = tuple([entropy.seed(spawn) for entropy in entropies])
-        self.packed = _packed(self.seeds, self.factors)
+        seeds = tuple([entropy.seed(spawn) for entropy in entropies])
+        self.packed = _packed(seeds, self.factors)
+        self.seeds = seeds  # last: another thread may be waiting for nothing else
 
 
 def _packed(seeds: Sequence[int], factors: Sequence[float]) -> tuple[bytes, bytes]:
