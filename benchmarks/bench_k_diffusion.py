@@ -5,8 +5,9 @@
 A function is called as its user calls it, on 20 Karras levels of float32, with a model that hands
 out one tensor, so that the time is the function's own: arithmetic, noise, and what it does a call.
 The noise of a step is torch's on both sides, drawn by the same calls; for the "sde" functions it is
-one tensor that is handed out too, since a step of torchsde's tree, the default of both, takes 8 ms
-and more at the smaller shape and would hide all else. "counter" is ours on ours.
+one tensor that is handed out too, since an increment of torchsde's tree, the default of both, would
+hide all else, and in rows of their own that tree: torchsde's there, ours of the same bits here.
+"counter" is ours on ours.
 
 Predicted, in passes over the state: DPM-Solver++(2M) reads x, the answer and the last one and
 writes x and the history, 5 passes; k-diffusion's expression makes 7 tensors and reads 11. Euler is
@@ -32,7 +33,7 @@ STEPS = 20
 SHAPES = ((1, 4, 64, 64), (8, 4, 128, 128))
 SIGMAS = k_diffusion.get_sigmas_karras(STEPS, 0.03, 14.6)
 
-# function: what draws its noise on both sides, None where it takes none
+# function, and what is special: what draws its noise on both sides, None where it takes none
 CASES = {
     "sample_euler": "torch",
     "sample_euler_ancestral": "torch",
@@ -44,6 +45,8 @@ CASES = {
     "sample_dpmpp_sde": "given",
     "sample_dpmpp_2m_sde": "given",
     "sample_dpmpp_3m_sde": "given",
+    "sample_dpmpp_sde on its tree": "tree",
+    "sample_dpmpp_2m_sde on its tree": "tree",
 }
 CHURNED = ("sample_euler", "sample_heun")  # they take no noise sampler, and add no noise here
 
@@ -75,7 +78,7 @@ def gate(name: str, peer: Any) -> None:
     x = fastdiff.randn(range(4), (4, 8, 8)) * 14.6
     given = CASES[name] is not None and name not in CHURNED
     exact, theirs, got = (
-        bound(getattr(where, name), state, given=given, sigmas=SIGMAS[:-1])()
+        bound(getattr(where, name.split()[0]), state, given=given, sigmas=SIGMAS[:-1])()
         for where, state in ((peer, x.double()), (peer, x), (k_diffusion, x))
     )
     assert_within_budget(got, theirs, exact, ulps=STEPS)
@@ -84,10 +87,11 @@ def gate(name: str, peer: Any) -> None:
 def measure_case(name: str, shape: tuple[int, ...], peer: Any, repeats: int) -> dict[str, Any]:
     """One row of results at the present number of threads; seconds of a whole call."""
     x = fastdiff.randn(range(shape[0]), shape[1:]) * 14.6
-    ours, given = getattr(k_diffusion, name), CASES[name] == "given"
+    function, given = name.split()[0], CASES[name] == "given"
+    ours = getattr(k_diffusion, function)
     timed = {
         "fastdiff": bound(ours, x, given=given),
-        "k-diffusion": bound(getattr(peer, name), x, given=given),
+        "k-diffusion": bound(getattr(peer, function), x, given=given),
     }
     if CASES[name] is not None:
         timed["fastdiff, counter noise"] = bound(ours, x, noise="counter")

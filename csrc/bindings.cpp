@@ -109,6 +109,18 @@ bool torch_noise(Address state, Address out, int out_dtype, int64_t size) {
   return active->torch_noise(args);
 }
 
+bool brownian_tree(nb::bytes seeds, nb::bytes factors, nb::bytes moves, int64_t waiting, float sign,
+                   float divisor, int64_t samples, int64_t size, Address out) {
+  const FdTreeArgs args{static_cast<const uint32_t*>(seeds.data()),
+                        static_cast<const float*>(factors.data()),
+                        static_cast<const uint8_t*>(moves.data()),
+                        static_cast<int64_t>(factors.size() / (3 * sizeof(float))),
+                        static_cast<int64_t>(moves.size()), waiting, sign, divisor, samples, size,
+                        at<float>(out)};
+  nb::gil_scoped_release release;
+  return active->brownian_tree(args);
+}
+
 void reverse_step(Address x, Address output, Address uncond, Address variance,
                   int64_t output_stride, int64_t uncond_stride, int64_t variance_stride,
                   int output_dtype, Address y, Address history, int64_t history_stride,
@@ -271,6 +283,7 @@ NB_MODULE(_cpu, m) {
   m.def("dynamic_threshold", &dynamic_threshold);
   m.def("reverse_step", &reverse_step);
   m.def("torch_noise", &torch_noise);
+  m.def("brownian_tree", &brownian_tree);
   m.def("guidance_rescale", &guidance_rescale);
   m.def("use_torch", &use_torch);
   m.def("quick_step", &quick_step, nb::arg("x").none(), nb::arg("output").none(),

@@ -64,7 +64,7 @@ TREES = {
     "fastdiff/ops/{}.py": {"__init__"},
     "kernels/{}.py": {"__init__"},
     # the list of kernels of one instruction set, and what an integration alone calls
-    "csrc/cpu/{}.cpp": {"table", "torch_noise"},
+    "csrc/cpu/{}.cpp": {"table", "torch_noise", "brownian_tree"},
     "csrc/cuda/{}.cu": set(),
 }
 # these folders hold more than ops

@@ -173,6 +173,20 @@ struct FdTorchNoiseArgs {
   int64_t size;  // at least 16
 };
 
+// What becomes of a value in a Brownian tree.
+enum FdTreeMove { kTreeLeft = 0, kTreeRight = 1, kTreeBoth = 2, kTreeLeaf = 3 };
+
+struct FdTreeArgs {
+  const uint32_t* seeds;  // (draws, samples): of the root and of every value that is split, in order
+  const float* factors;   // (draws, 3): share, inverse and spread; of the root its spread comes first
+  const uint8_t* moves;   // (steps,) of FdTreeMove, depth first and left before right
+  int64_t draws, steps;
+  int64_t waiting;  // the most values that there are at once
+  float sign, divisor;
+  int64_t samples, size;  // size at least 16
+  float* out;             // (samples, size)
+};
+
 struct FdKernels {
   const char* name;
   void (*noise)(const FdNoiseArgs&);
@@ -187,4 +201,5 @@ struct FdKernels {
   void (*dynamic_threshold)(const FdThresholdArgs&);
   // false, with nothing written: this instruction set cannot, or the state is none of torch's own
   bool (*torch_noise)(const FdTorchNoiseArgs&);
+  bool (*brownian_tree)(const FdTreeArgs&);  // false likewise
 };

@@ -15,4 +15,5 @@ const FdKernels FD_SYMBOL(FD_ISA) = {FD_NAME(FD_ISA), fd::FD_ISA::noise, fd::FD_
                                      fd::FD_ISA::brownian,
                                      fd::FD_ISA::add_noise,
                                      fd::FD_ISA::dynamic_threshold,
-                                     fd::FD_ISA::torch_noise};
+                                     fd::FD_ISA::torch_noise,
+                                     fd::FD_ISA::brownian_tree};

@@ -17,6 +17,7 @@ void brownian(const FdBrownianArgs&);
 void add_noise(const FdAddNoiseArgs&);
 void dynamic_threshold(const FdThresholdArgs&);
 bool torch_noise(const FdTorchNoiseArgs&);
+bool brownian_tree(const FdTreeArgs&);
 
 }  // namespace FD_ISA
 }  // namespace fd

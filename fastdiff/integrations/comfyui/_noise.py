@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.integrations._brownian_tree import BrownianTree
 from fastdiff.integrations._walk_denoiser import Draw, NoiseSource
 from fastdiff.ops.noise import Stream, as_seeds, randn
 
@@ -62,6 +63,34 @@ class CounterNoise:
         return randn(seeds, tuple(samples.shape[1:]), stream=Stream.INITIAL)
 
 
+class _Path:
+    """The one path of a tree, called as torchsde's is."""
+
+    def __init__(self, tree: BrownianTree) -> None:
+        self._tree = tree
+
+    def __call__(self, ta: Any, tb: Any) -> Tensor:
+        return self._tree(float(ta), float(tb))[0]
+
+
+def quicken(sampler: Any, low: float, high: float, seed: int | None) -> None:
+    """Put our tree in the place of torchsde's in ComfyUI's noise sampler: the same values.
+
+    Whose device, dtype and sign stay ComfyUI's own matter. A sampler that somebody has put in the
+    place of ComfyUI's stays as it is, unless its tree is that of this seed all the same.
+    """
+    trees = getattr(getattr(sampler, "tree", None), "trees", None)
+    if not isinstance(seed, int) or not isinstance(trees, (list, tuple)) or len(trees) != 1:
+        return
+    (theirs,) = trees
+    if type(theirs).__module__.partition(".")[0] != "torchsde":
+        return
+    ours = _Path(BrownianTree(low, high, [seed], theirs.shape, theirs.dtype, theirs.device))
+    ends = round(low, 6), round(high, 6)  # as torchsde keeps them
+    if torch.equal(ours(*ends), theirs(*ends)):
+        sampler.tree.trees = (ours,)
+
+
 def comfyui_noise(solver: str, x: Tensor, sigmas: Tensor, seed: int | None) -> NoiseSource:
     """Draws as ComfyUI's own sampler of this name makes them, by its own functions.
 
@@ -79,6 +108,7 @@ def comfyui_noise(solver: str, x: Tensor, sigmas: Tensor, seed: int | None) -> N
         if sampler is None and solver in ON_A_TREE:
             low, high = sigmas[sigmas > 0].min(), sigmas.max()
             sampler = sampling.BrownianTreeNoiseSampler(x, low, high, seed=seed, cpu=True)
+            quicken(sampler, float(low), float(high), seed)
         elif sampler is None:
             sampler = sampling.default_noise_sampler(x, seed=seed)
         given: Tensor = sampler(

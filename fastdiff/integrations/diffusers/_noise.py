@@ -9,6 +9,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from fastdiff.integrations._brownian_tree import BrownianTreeNoiseSampler
 from fastdiff.integrations._torch_noise import fill_, randn
 from fastdiff.ops.brownian import brownian
 from fastdiff.ops.noise import as_seeds
@@ -52,26 +53,19 @@ class CounterPath:
 
 
 def brownian_tree(scheduler: Any, generator: Any, sample: Tensor, model_output: Tensor) -> Any:
-    """The noise sampler that diffusers' step would make at its first call."""
-    from diffusers.schedulers import scheduling_cosine_dpmsolver_multistep as cosine
-    from diffusers.schedulers import scheduling_dpmsolver_sde as sde
+    """Draws like the noise sampler that diffusers' step would make at its first call."""
+    from diffusers.schedulers import CosineDPMSolverMultistepScheduler
 
-    if isinstance(scheduler, cosine.CosineDPMSolverMultistepScheduler):
+    if isinstance(scheduler, CosineDPMSolverMultistepScheduler):
         seed = None
         if generator is not None:
             several = isinstance(generator, list)
             seed = [g.initial_seed() for g in generator] if several else generator.initial_seed()
         config = scheduler.config
-        return cosine.BrownianTreeNoiseSampler(
-            model_output, sigma_min=config.sigma_min, sigma_max=config.sigma_max, seed=seed
-        )
+        return BrownianTreeNoiseSampler(model_output, config.sigma_min, config.sigma_max, seed)
     sigmas = scheduler.sigmas
-    return sde.BrownianTreeNoiseSampler(
-        sample,
-        float(sigmas[sigmas > 0].min()),
-        float(sigmas.max()),
-        scheduler.noise_sampler_seed,
-    )
+    ends = float(sigmas[sigmas > 0].min()), float(sigmas.max())
+    return BrownianTreeNoiseSampler(sample, *ends, scheduler.noise_sampler_seed)
 
 
 def drawn(like: Tensor, generator: Any, dtype: torch.dtype) -> Tensor:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from fastdiff.integrations._torch_noise import randn_like
@@ -37,63 +36,6 @@ class Source(NamedTuple):
 def default_noise_sampler(x: Tensor) -> NoiseSampler:
     """Independent unit normals like x at every call, from torch's generator."""
     return lambda sigma, sigma_next: randn_like(x)
-
-
-class BrownianTreeNoiseSampler:
-    """Increments of torchsde's Brownian tree, the same tensors as k-diffusion's class of this name.
-
-    Args:
-        x: tensor whose shape, dtype and device the noise has.
-        sigma_min, sigma_max: ends of the interval, numbers or tensors of one.
-        seed: int, or one int a sample; None: drawn from torch's generator.
-        transform: from sigma to the time of the path.
-
-    Raises:
-        ImportError: torchsde is not installed.
-        ValueError: the seeds are not one a sample.
-    """
-
-    def __init__(
-        self,
-        x: Tensor,
-        sigma_min: Any,
-        sigma_max: Any,
-        seed: int | Sequence[int] | None = None,
-        transform: Callable[[Tensor], Tensor] = lambda x: x,
-    ) -> None:
-        try:
-            from torchsde import BrownianTree
-        except ImportError as error:
-            raise ImportError(
-                "BrownianTreeNoiseSampler: torchsde must be installed for the noise that "
-                "k-diffusion draws (pip install torchsde); without it give noise='counter' or "
-                "noise='brownian', or a noise_sampler"
-            ) from error
-        self.transform = transform
-        ends = [transform(torch.as_tensor(sigma)) for sigma in (sigma_min, sigma_max)]
-        self._direction = 1 if ends[0] < ends[1] else -1
-        low, high = ends[:: self._direction]
-        start = torch.zeros_like(x)
-        if seed is None:
-            seed = int(torch.randint(0, 2**63 - 1, []))
-        self._each = not isinstance(seed, int) and hasattr(seed, "__len__")
-        if self._each:
-            if len(seed) != len(x):  # type: ignore[arg-type]
-                raise ValueError(
-                    "BrownianTreeNoiseSampler: seed must be an int or one a sample "
-                    f"({len(x)}), got {len(seed)}"  # type: ignore[arg-type]
-                )
-            self._trees = [BrownianTree(low, start[0], high, entropy=s) for s in seed]  # type: ignore[union-attr]
-        else:
-            self._trees = [BrownianTree(low, start, high, entropy=seed)]
-
-    def __call__(self, sigma: Any, sigma_next: Any) -> Tensor:
-        """The increment from sigma to sigma_next over the root of its length."""
-        t0, t1 = (self.transform(torch.as_tensor(s)) for s in (sigma, sigma_next))
-        span, sign = ((t0, t1), 1) if t0 < t1 else ((t1, t0), -1)
-        moved = [tree(*span) for tree in self._trees]
-        total = torch.stack(moved) if self._each else moved[0]
-        return total * (self._direction * sign) / (t1 - t0).abs().sqrt()
 
 
 class BrownianPathNoiseSampler:

@@ -17,7 +17,7 @@ that a changed import keeps the picture up to rounding. The arguments that they 
     eta, s_noise: share and scale of fresh noise, at least 0.
     s_churn, s_tmin, s_tmax: Karras et al. 2022 (arXiv:2206.00364), algorithm 2.
     noise_sampler: ``noise_sampler(sigma, sigma_next)`` returns unit noise like x; None: what
-        k-diffusion takes, `default_noise_sampler` or `BrownianTreeNoiseSampler` (needs torchsde).
+        k-diffusion takes, `default_noise_sampler` or `BrownianTreeNoiseSampler`.
     noise: not in k-diffusion. None: as above; "counter": sample i is a function of its own seed,
         drawn in the kernel; "brownian": the same along a path, `BrownianPathNoiseSampler`.
     seeds: for `noise`: int s for s, s+1, ..., a sequence of ints, or (N,) int64; None: 0.
@@ -37,6 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdiff.integrations._brownian_tree import BrownianTreeNoiseSampler
 from fastdiff.integrations.k_diffusion._dpm_solver import sample_dpm_adaptive, sample_dpm_fast
 from fastdiff.integrations.k_diffusion._levels import (
     append_zero,
@@ -50,7 +51,6 @@ from fastdiff.integrations.k_diffusion._levels import (
 from fastdiff.integrations.k_diffusion._likelihood import log_likelihood
 from fastdiff.integrations.k_diffusion._noise import (
     BrownianPathNoiseSampler,
-    BrownianTreeNoiseSampler,
     NoiseSampler,
     Source,
     default_noise_sampler,
