@@ -5,9 +5,9 @@ k-diffusion: "increment" is one of this library's path, "tree" one of torchsde's
 kernel. Each call asks for the next step of a schedule of 20, as a sampler does, and starts over at
 its end; the tree itself is made once.
 
-Predicted of "tree": 45 nodes an increment, each a normal of torch's stream a value, 0.7 ns, on as
-many threads as there are, where torchsde draws 55 at 4 to 5 ns on one thread and makes 4 passes
-over memory for each: 12 times on one thread, more on two. The nodes are 0.1 ms of interpreter.
+The floor of "tree": 45 nodes an increment, each a normal of torch's stream a value, 0.7 ns on one
+thread, which is 0.5 ms at the small shape; torchsde draws 55, always on one thread, at 4 ns or
+more, and makes 4 passes over memory for each. The nodes are 0.1 ms of interpreter.
 
 python -m benchmarks.bench_brownian --out benchmarks/results/brownian.json
 pytest benchmarks/bench_brownian.py --benchmark-only

@@ -10,6 +10,7 @@ import math
 import random
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -182,6 +183,19 @@ def test_sign_and_divisor(fused: list[int]) -> None:
     root.requires_grad_()
     assert tree(0.7, 3.3, 1, root).requires_grad
     assert len(fused) == 5
+
+
+@needs_extension
+def test_threads_that_ask_one_tree(fused: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each gets what it would get alone, also while the tree forgets its nodes."""
+    monkeypatch.setattr(trees, "_NODES", 300)
+    queries = list(spans("stable", 60)) * 3
+    alone = [ours("stable", (700,), 9)(*span) for span in queries]
+    tree = ours("stable", (700,), 9)
+    with ThreadPoolExecutor(4) as pool:
+        for got, want in zip(pool.map(lambda span: tree(*span), queries), alone, strict=True):
+            assert_same_bits(got, want)
+    assert len(fused) == 2 * len(queries)
 
 
 # --- times ----------------------------------------------------------------------------------

@@ -283,8 +283,8 @@ class BrownianTree:
 
 
 class BrownianTreeNoiseSampler:
-    """Increments of a Brownian tree over the root of their length, the same tensors as from
-    diffusers', k-diffusion's and, at ``cpu=False``, ComfyUI's class of this name.
+    """Increments of a Brownian tree over the root of their length, the same tensors as from the
+    class of this name of diffusers and of k-diffusion.
 
     Args:
         x: tensor whose shape, dtype and device the noise has.
@@ -341,7 +341,7 @@ def _agrees(isa: str) -> bool:
         return False
     tree = BrownianTree(0.03, 14.6, [1, 2**40], (1265,))
     moves, nodes = tree._plan(0.7, 3.1)
-    got = torch.empty(2, 1265)
+    got = torch.empty(2, 1265, dtype=torch.float32, device="cpu")
     if not tree._fused(got, moves, nodes, 1.0, 1.0):
         return False
     want = torch.stack([tree._plain(moves, nodes, path) for path in (0, 1)])
