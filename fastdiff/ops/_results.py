@@ -103,11 +103,11 @@ class Results:
         """`x.new_empty`, for a result that is returned."""
         dtype = dtype or x.dtype
         device = x.device if device is None else torch.device(device)
-        nbytes = 0
-        if type(x) is Tensor and device.type == "cpu" and _holders is not None:
-            nbytes = math.prod(shape) * dtype.itemsize
-        if not _SMALLEST <= nbytes <= _BYTES:
+        if type(x) is not Tensor:
             return x.new_empty(shape, dtype=dtype, device=device)
+        nbytes = math.prod(shape) * dtype.itemsize
+        if device.type != "cpu" or _holders is None or not _SMALLEST <= nbytes <= _BYTES:
+            return torch.empty(shape, dtype=dtype, device=device)
         strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
         return self._take((torch.Size(shape), strides, dtype), nbytes)
 
