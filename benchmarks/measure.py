@@ -207,6 +207,21 @@ def row(
     }
 
 
+def show(row: dict[str, Any], *facts: str) -> None:
+    """Print a row that `row` made: the case, our times, the facts, the peers' times over ours."""
+    ours = row["seconds"][row["ours"]]
+    ratios = [
+        f"{name} takes {r['quiet']:.2f} times as long in the fastest round, {r['median']:.2f} "
+        f"({r['p10']:.2f} to {r['p90']:.2f}) in the median"
+        for name, r in row["ratios"].items()
+        if name != "copy"  # its ratio is the roofline's
+    ]
+    shape = "x".join(map(str, row["shape"]))
+    times = f"{ours['best'] * 1e6:.1f} us best, {ours['median'] * 1e6:.1f} us median"
+    case = f"{row['threads']} threads {row['case']} {shape} {row.get('dtype', '')}".rstrip()
+    print(f"{case}: {'; '.join([times, *facts, *ratios])}", flush=True)
+
+
 # Variables that change times: of the allocator, the thread pools and the instruction sets.
 _VARIABLES = (
     "MALLOC_MMAP_THRESHOLD_",
