@@ -115,16 +115,6 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def _commit() -> str | None:
     root = Path(__file__).resolve().parent
     try:
@@ -147,10 +137,11 @@ def _commit() -> str | None:
 def machine_info() -> dict[str, Any]:
     """What a reader needs to judge a number: machine, versions, threads, load, commit."""
     import fastdiff
+    from fastdiff._machine import cpu_model
     from fastdiff.ops import _native
 
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 1),
         "isa": _native.extension.isa() if _native.extension else None,

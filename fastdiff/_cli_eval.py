@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastdiff import _eval_data, _eval_diffusion, _eval_latent, checkpoints, data
+from fastdiff import _eval_data, _eval_diffusion, _eval_latent, _ranks, checkpoints, data
 from fastdiff._eval_data import Scored
 from fastdiff._eval_diffusion import summary
 from fastdiff._files import written_whole
@@ -42,7 +42,7 @@ def add_arguments(s: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     s.add_argument(
         "--images", type=int, default=100,
-        help="the first of Fashion-MNIST's test split, evenly spaced ones of the emoji",
+        help="the first of Fashion-MNIST's test split, or of the emoji in a fixed random order",
     )  # fmt: skip
     s.add_argument("--batch", type=int, default=32, help="images at a time")
     s.add_argument("--seed", type=int, default=0, help="of the first image's draws")
@@ -86,8 +86,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.out is not None and not (Path(args.out).is_dir() and os.access(args.out, os.W_OK)):
         raise OSError(f"eval: out must be an existing folder to write to, got {args.out}")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.device = _ranks.local_device(args.device, "eval")
     model, schedule, card = checkpoints.load(args.checkpoint, device=args.device)
     model.requires_grad_(False)
     start = time.perf_counter()
@@ -190,7 +189,8 @@ def _vae(args: argparse.Namespace, model: VAE, card: dict[str, Any]) -> dict[str
             # the ELBO is the expected log-weight
             elbo.append(-weights.mean(1))
             iwae.append(math.log(args.samples) - weights.logsumexp(1))
-            kl.append(reparameterize(*model.encoder(x), seeds[part])[1].double().cpu())
+            mu, logvar = model.encoder(x)
+            kl.append(reparameterize(mu, logvar, seeds[part])[1].double().cpu())
             bar.update(len(x))
     dims = scored.dims if model.likelihood == "discretized_logistic" else {}
     found: dict[str, Any] = {

@@ -217,7 +217,7 @@ def run(args: argparse.Namespace) -> int:
 
 def load_job(args: argparse.Namespace) -> Job:
     """The model and the table that the options name."""
-    args.device = _ranks.local_device(args.device)
+    args.device = _ranks.local_device(args.device, "sample")
     dtype = checkpoints.fast_dtype(args.device) if args.dtype == "auto" else DTYPES[args.dtype]
     model, schedule, card = checkpoints.load(args.model, dtype=dtype, device=args.device)
     if torch.device(args.device).type == "cpu":

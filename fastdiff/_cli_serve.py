@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 
-import torch
-
+from fastdiff import _ranks
 from fastdiff._cli_sample import DTYPES
 
 
@@ -38,13 +37,10 @@ def run(args: argparse.Namespace) -> int:
 
     if not 0 <= args.port < 1 << 16:
         raise ValueError(f"serve: port must lie in [0, 65535], got {args.port}")
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     engine = Engine.from_checkpoint(
         args.model,
         dtype=DTYPES.get(args.dtype),
-        device=device,
+        device=_ranks.local_device(args.device, "serve"),
         slots=args.slots,
         queue=args.queue,
         per_client=args.per_client,

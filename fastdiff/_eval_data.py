@@ -72,10 +72,11 @@ def _fashion(args: argparse.Namespace, side: int) -> Scored:
 
 
 def _emoji(args: argparse.Namespace, side: int) -> Scored:
-    """Evenly spaced ones of the table, which is in the order of the categories."""
+    """Drawn without return: the table is in the order of the categories."""
     known = data.load("emoji", args.data or "", side)
     _enough(args.images, len(known.images))
-    index = torch.arange(args.images) * len(known.images) // args.images
+    draw = torch.Generator().manual_seed(0)
+    index = torch.randperm(len(known.images), generator=draw)[: args.images]
     # a mean of 2 x 2 pixels lies between levels, and a probability is one of levels
     levels = ((known.images[index] + 1) * 127.5).round()
     facts = {
@@ -83,6 +84,6 @@ def _emoji(args: argparse.Namespace, side: int) -> Scored:
         "split": _TRAINED_ON,
         "images": args.images,
         "levels": 256,
-        "note": f"{known.name}, then rounded to 256 levels; evenly spaced ones of the table",
+        "note": f"{known.name}, then rounded to 256 levels; the first of a fixed random order",
     }
     return Scored(levels / 127.5 - 1, known.labels[index], facts, {"dim": 3 * side * side})

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks import measure
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = {
     path.stem: [r for r in json.loads(path.read_text()) if isinstance(r, dict)]
@@ -33,6 +35,17 @@ def options(command: str) -> tuple[str, dict[str, list[str]]]:
 
 def test_there_are_results() -> None:
     assert {"film_conv2d", "film_norm", "modulate", "reverse_step", "unet"} <= set(TIMED)
+
+
+@pytest.mark.parametrize("name", TIMED)
+def test_rows_can_be_shown(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for row in TIMED[name]:
+        measure.show(row, "a fact")
+        line = capsys.readouterr().out
+        assert line.count("\n") == 1 and row["case"] in line and "; a fact" in line
+        for peer, ratio in row["ratios"].items():
+            told = f"; {peer} takes {ratio['quiet']:.2f} times as long in the fastest round"
+            assert (told in line) is (peer != "copy")
 
 
 @pytest.mark.parametrize("name", TIMED)

@@ -199,7 +199,8 @@ def test_config_survives_json():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"channels": ()}, "channels must name at least one level"),
+        ({"channels": ()}, r"channels must be ints >= 1, at least one, got \(\)"),
+        ({"channels": (0,)}, r"channels must be ints >= 1, at least one, got \(0,\)"),
         ({"channels": (20,)}, "channels must be multiples of groups=8 and head_dim=32"),
         ({"image_size": 30}, "image_size must be a multiple of 4"),
         ({"attention": (5,)}, r"attention must name grid sizes among \[16, 8\]"),
