@@ -258,6 +258,19 @@ def test_the_shipped_model_is_scored_and_its_bound_lies_above_its_ode():
     assert (results / "eval_fashion.png").is_file()
 
 
+@pytest.mark.parametrize(("name", "unit"), [("emoji", "dim"), ("latent", "latent_dim")])
+def test_other_shipped_models_are_scored_for_what_they_are(name, unit):
+    results = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+    row = row_of(results, name)
+    card = json.loads((checkpoints.ASSETS / f"{name}.json").read_text())
+    assert row["sha256"] == card["sha256"] and list(row["dims"]) == [unit]
+    gap = row["vlb_minus_ode"]
+    assert gap["nats"] > 5 * gap["nats_standard_error"] > 0
+    said = row["data"]["split"] if name == "emoji" else row["data"]["space"]
+    assert ("no test figure" if name == "emoji" else "not of pixels") in said
+    assert (results / f"eval_{name}.png").is_file()
+
+
 def test_without_matplotlib_the_figures_are_written(small, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     words = [small, "--data", folder, "--images", 2, "--method", "vlb", "--out", tmp_path]

@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,6 +37,20 @@ def folder(tmp_path):
 
 def run(*words):
     return cli.main(["eval", *map(str, words)])
+
+
+def test_page():
+    """Its commands are taken, and it names no method that is not there."""
+    text = (Path(__file__).resolve().parent.parent / "docs" / "likelihood.md").read_text()
+    (block,) = re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    lines = [line.partition("#")[0] for line in block.splitlines()]
+    commands = [part.split()[1:] for line in lines for part in line.split("&&")]
+    parsed = [cli._parser().parse_args(words) for words in commands]
+    assert [args.command for args in parsed] == ["eval", "demo", "eval"]
+    options = {f"--{name.replace('_', '-')}" for name in vars(parsed[0])} | {"--dataset"}
+    assert set(re.findall(r"--[a-z][a-z-]+", text)) <= options | {"--save"}  # of the others
+    named = re.findall(r"`(\w+)`", text.rpartition("DiffusionLikelihood(")[2])
+    assert named and all(callable(getattr(DiffusionLikelihood, name)) for name in named)
 
 
 def test_padding_is_counted_apart(folder):
