@@ -19,7 +19,7 @@ import torch
 from fastdiff import _eval_data, _eval_diffusion, _eval_latent, _ranks, checkpoints, data
 from fastdiff._eval_data import Scored
 from fastdiff._eval_diffusion import summary
-from fastdiff._files import written_whole
+from fastdiff._files import make_folder, written_whole
 from fastdiff._machine import cpu_model
 from fastdiff.likelihood import STARTS, VARIANCES
 from fastdiff.models import Autoencoder, LatentDiffusion
@@ -47,7 +47,11 @@ def add_arguments(s: argparse.ArgumentParser) -> None:
     s.add_argument("--batch", type=int, default=32, help="images at a time")
     s.add_argument("--seed", type=int, default=0, help="of the first image's draws")
     s.add_argument("--device", default="auto")
-    s.add_argument("--out", default=None, help="folder for eval_NAME.json and eval_NAME.png")
+    s.add_argument(
+        "--out",
+        default=None,
+        help="folder for eval_NAME.json and eval_NAME.png, made if it is missing",
+    )
     d = s.add_argument_group("diffusion models")
     d.add_argument("--method", default="both", choices=METHODS, help="bound, ODE or both")
     d.add_argument("--ode-images", type=int, default=None, help="of the ODE, default: --images")
@@ -84,9 +88,11 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"eval: ode-images must lie between 2 and images {args.images}, got {args.ode_images}"
         )
-    if args.out is not None and not (Path(args.out).is_dir() and os.access(args.out, os.W_OK)):
-        raise OSError(f"eval: out must be an existing folder to write to, got {args.out}")
     args.device = _ranks.local_device(args.device, "eval")
+    if args.out is not None:  # before the work, not after it
+        make_folder(Path(args.out), "eval: out")
+        if not os.access(args.out, os.W_OK):
+            raise OSError(f"eval: out must be a folder to write to, got {args.out}")
     model, schedule, card = checkpoints.load(args.checkpoint, device=args.device)
     model.requires_grad_(False)
     start = time.perf_counter()
@@ -215,8 +221,12 @@ def _flow(args: argparse.Namespace, model: RealNVP) -> dict[str, Any]:
     """Exact log-likelihood of points."""
     path = Path(args.data or "")
     if path.suffix != ".npy" or not path.is_file():
-        raise FileNotFoundError(f"eval: data must be a .npy file of points for a flow, got {path}")
-    points = np.load(path, allow_pickle=False)
+        rule = "data must be a .npy file of points for a flow"
+        raise FileNotFoundError(f"eval: {rule}, got {args.data}")
+    try:
+        points = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:  # numpy takes what it does not know for a pickle
+        raise ValueError(f"eval: data must be a .npy file of numbers, got {path}") from error
     if points.ndim != 2 or points.shape[1] != model.dim or points.dtype.kind != "f":
         raise ValueError(
             f"eval: data must be floating-point (N, {model.dim}), got {points.dtype} {points.shape}"

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastdiff._adaptive_methods import StuckError
 from fastdiff._eval_data import Scored
 from fastdiff._plot import pyplot, save
 from fastdiff.likelihood import DiffusionLikelihood
@@ -186,9 +187,14 @@ class _Job:
     def _solve(
         self, x: Tensor, seeds: Tensor, given: dict[str, Tensor], start: str, tol: float
     ) -> Any:
-        return self.scored.flow(
-            x, seeds, given, start=start, exact=self.args.exact, rtol=tol, atol=tol
-        )
+        try:
+            return self.scored.flow(
+                x, seeds, given, start=start, exact=self.args.exact, rtol=tol, atol=tol
+            )
+        except StuckError as error:
+            raise ValueError(
+                f"eval: rtol must be one that this model can meet, got {tol:g} ({error})"
+            ) from error
 
 
 def _report(found: dict[str, Any]) -> None:

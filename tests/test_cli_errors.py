@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 import torch
 
@@ -65,6 +67,16 @@ def test_a_folder_that_is_a_file(command, tiny, capsys, tmp_path):
     name = words[-1].removeprefix("--")
     assert f"{command}: {name} must be a folder, or one that can be made, got" in told(capsys)
     assert file.read_text() == "x"
+
+
+def test_an_address_that_is_not_free(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert cli.main(["serve", "--port", str(port)]) == 2
+    line = told(capsys)
+    assert f"free, got 127.0.0.1 {port} (" in line and line.startswith("fastdiff: error: serve: ")
+    assert cli.main(["serve", "--host", "192.0.2.1", "--port", "0"]) == 2  # of nobody: RFC 5737
+    assert "free, got 192.0.2.1 0 (" in told(capsys)
 
 
 @pytest.mark.parametrize("grace", [-1.0, float("nan")])

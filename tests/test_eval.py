@@ -96,8 +96,9 @@ def test_a_diffusion_model(small, folder, tmp_path, capsys):
 
 def test_every_time_of_every_image(small, folder, tmp_path):
     words = [small, "--data", folder, "--images", 3, "--draws", 0, "--method", "vlb"]
-    assert run(*words, "--no-labels", "--no-clip", "--out", tmp_path) == 0
-    row = row_of(tmp_path)
+    made = tmp_path / "not" / "there"
+    assert run(*words, "--no-labels", "--no-clip", "--out", made) == 0
+    row = row_of(made)
     images, _ = data.fashion_mnist("test", folder, 28)
     model, schedule, card = checkpoints.load(small)
     scored = DiffusionLikelihood(model, schedule, prediction=card["prediction"])
@@ -288,7 +289,7 @@ def test_without_matplotlib_the_figures_are_written(small, folder, tmp_path, mon
         (["--draws", 1], "draws must be 0 or at least 2"),
         (["--batch", 0], "batch must be at least 1"),
         (["--ode-images", 7], "ode-images must lie between 2 and images 6, got 7"),
-        (["--out", "no/such/folder"], "out must be an existing folder to write to"),
+        (["--out", __file__], "eval: out must be a folder, or one that can be made, got"),
         (["--data", "no/such/folder"], "data: folder must hold t10k-images"),
         (["--rtol", 0], "rtol and atol must be above 0"),
     ],
@@ -314,3 +315,17 @@ def test_what_has_no_likelihood_here_is_refused(tiny, folder, tmp_path, monkeypa
     np.save(tmp_path / "p.npy", np.zeros((4, 2)))
     assert run("x", "--data", tmp_path / "p.npy") == 2
     assert "data must be floating-point (N, 3), got float64 (4, 2)" in capsys.readouterr().err
+    for damaged in (b"", b"hello", (tmp_path / "p.npy").read_bytes()[:100]):
+        (tmp_path / "q.npy").write_bytes(damaged)
+        assert run("x", "--data", tmp_path / "q.npy") == 2
+        assert "data must be a .npy file of numbers, got" in capsys.readouterr().err
+
+
+def test_an_ode_that_cannot_be_solved_ends_in_a_line(small, folder, monkeypatch, capsys):
+    model, schedule, card = checkpoints.load(small)
+    model.conv_out.bias.data.fill_(math.nan)
+    monkeypatch.setattr(checkpoints, "load", lambda *_, **__: (model, schedule, card))
+    assert run("small", "--data", folder, "--images", 2, "--no-clip", "--method", "ode") == 2
+    told = capsys.readouterr().err
+    assert told.startswith("fastdiff: error: eval: rtol must be one that this model can meet")
+    assert told.count("\n") == 1

@@ -36,7 +36,7 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
         models = f.metadata.get("models")
         note = described.get(f.name, "") + ("" if models is None else f" ({', '.join(models)})")
         if f.name == "out":
-            parser.add_argument(flag, required=True, help=note)
+            parser.add_argument(flag, required=True, default=argparse.SUPPRESS, help=note)
         elif f.name == "model":
             parser.add_argument(flag, default="unet", choices=list(DEFAULTS), help=note)
         elif isinstance(f.default, bool):
