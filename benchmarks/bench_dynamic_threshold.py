@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -75,25 +75,11 @@ def main(argv: list[str] | None = None) -> None:
             facts = {"shape": list(shape), "dtype": "float32", "threads": 2}
             r = measure.row(case, stats, "fastdiff", target, **facts)
             rows.append(r)
-            ratio = r["ratios"][peer]
-            print(
-                f"{case:<10}{shape!s:<19} {stats['fastdiff'].best * 1e3:8.3f} ms; {peer} takes "
-                f"{ratio['quiet']:.1f} times as long in the fastest round, {ratio['median']:.1f} "
-                f"({ratio['p10']:.1f} to {ratio['p90']:.1f}) in the median",
-                flush=True,
-            )
-    command = f"python -m benchmarks.bench_dynamic_threshold {' '.join(argv)}"
-    measure.write_json(args.out, rows, command)
+            measure.show(r)
+    measure.write_json(args.out, rows, measure.command("bench_dynamic_threshold", argv))
 
 
-@pytest.fixture
-def threads() -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield 2
-    torch.set_num_threads(before)
-
-
+@pytest.mark.parametrize("threads", [2], indirect=True)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("who", (0, 1), ids=("fastdiff", "peer"))

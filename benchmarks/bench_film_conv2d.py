@@ -107,16 +107,7 @@ def main(argv: list[str] | None = None) -> None:
                 n, c, h, w = shape
                 row["tflops"] = 2 * n * h * w * c * c * 9 / stats["fastdiff"].median / 1e12
                 rows.append(row)
-                ratios = ", ".join(
-                    f"{k} {r['median']:.2f} ({r['p10']:.2f} to {r['p90']:.2f})"
-                    for k, r in row["ratios"].items()
-                )
-                print(
-                    f"{threads} threads {row['dtype']} {shape}: "
-                    f"{stats['fastdiff'].median * 1e3:.2f} ms, {row['tflops']:.2f} TFLOP/s; "
-                    f"time over ours: {ratios}",
-                    flush=True,
-                )
+                measure.show(row, f"{row['tflops']:.2f} TFLOP/s")
     measure.write_json(args.out, rows, measure.command("bench_film_conv2d", argv))
 
 

@@ -23,7 +23,7 @@ Predicted before it was measured, an element of 16 bits in channels_last on AVX-
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -130,24 +130,8 @@ def main(argv: list[str] | None = None) -> None:
                 )
                 row["roofline"] = stats["fastdiff"].best / stats["copy"].best
                 rows.append(row)
-                ratios = ", ".join(
-                    f"{k} {r['median']:.2f} ({r['p10']:.2f} to {r['p90']:.2f})"
-                    for k, r in row["ratios"].items()
-                )
-                print(
-                    f"{threads} threads {name} {shape}: {stats['fastdiff'].median * 1e6:.0f} us; "
-                    f"time over ours: {ratios}",
-                    flush=True,
-                )
+                measure.show(row)
     measure.write_json(args.out, rows, measure.command("bench_film_norm", argv))
-
-
-@pytest.fixture(params=(2, 1), ids=("2threads", "1thread"))
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -99,22 +99,8 @@ def main(argv: list[str] | None = None) -> None:
                         f"guidance_rescale {what}", stats, "fastdiff", threads=threads, **facts
                     )
                 )
-                slower = ", ".join(f"{k} {v['quiet']:.2f}" for k, v in rows[-1]["ratios"].items())
-                print(
-                    f"{threads} threads {shape} {what}: {ours.best * 1e6:.1f} us; times ours in "
-                    f"the fastest round: {slower}",
-                    flush=True,
-                )
-    command = f"python -m benchmarks.bench_guidance_rescale {' '.join(argv)}"
-    measure.write_json(args.out, rows, command)
-
-
-@pytest.fixture(params=(2, 1), ids=("2threads", "1thread"))
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+                measure.show(rows[-1])
+    measure.write_json(args.out, rows, measure.command("bench_guidance_rescale", argv))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))

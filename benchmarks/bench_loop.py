@@ -239,15 +239,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 images_a_second={who: batch / s.best for who, s in stats.items()},
             )  # fmt: skip
             rows.append(row)
-            print(f"{threads} threads, {name}, {args.steps} steps, {batch} images:", flush=True)
-            for who, s in stats.items():
-                ratio = row["ratios"].get(who, {"quiet": 1.0, "median": 1.0})
-                print(
-                    f"  {who:<16} {batch / s.best:8.2f} images/s; {ratio['quiet']:.2f} times ours, "
-                    f"{ratio['median']:.2f} in the median",
-                    flush=True,
-                )
-            print(f"  outside the model: {100 * row['outside_the_model']:.2f} % of ours")
+            outside = f"{100 * row['outside_the_model']:.2f} % of ours outside the model"
+            measure.show(row, f"{batch / stats['fastdiff'].best:.2f} images/s", outside)
     measure.write_json(args.out, rows, measure.command("bench_loop", argv))
 
 

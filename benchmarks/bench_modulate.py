@@ -141,17 +141,7 @@ def main(argv: list[str] | None = None) -> None:
                     # a copy moves two tensors
                     r["roofline"] = stats["fastdiff"].best / (stats["copy"].best * TENSORS[job] / 2)
                     rows.append(r)
-                    ratios = "; ".join(
-                        f"{name} {x['quiet']:.2f} in the fastest round, "
-                        f"{x['median']:.2f} ({x['p10']:.2f} to {x['p90']:.2f}) in the median"
-                        for name, x in r["ratios"].items()
-                        if name != "copy"
-                    )
-                    print(
-                        f"{threads} threads {model} {kind} {job}: {r['roofline']:.1f} times its "
-                        f"bytes at copy speed; times ours: {ratios}",
-                        flush=True,
-                    )
+                    measure.show(r, f"{r['roofline']:.1f} times its bytes at copy speed")
     measure.write_json(args.out, rows, measure.command("bench_modulate", argv))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -62,22 +62,8 @@ def main(argv: list[str] | None = None) -> None:
             r = measure.row("randn", stats, "fastdiff", target, bytes=4 * size, **facts)
             r["nanoseconds_a_normal"] = stats["fastdiff"].best / size * 1e9
             rows.append(r)
-            ratio = r["ratios"]["torch.randn"]
-            print(
-                f"{threads} threads {size:>8} normals {r['nanoseconds_a_normal']:.3f} ns each; "
-                f"torch.randn takes {ratio['quiet']:.2f} times as long in the fastest round, "
-                f"{ratio['median']:.2f} ({ratio['p10']:.2f} to {ratio['p90']:.2f}) in the median",
-                flush=True,
-            )
-    measure.write_json(args.out, rows, f"python -m benchmarks.bench_noise {' '.join(argv)}")
-
-
-@pytest.fixture(params=(2, 1), ids=("2threads", "1thread"))
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+            measure.show(r, f"{r['nanoseconds_a_normal']:.3f} ns each")
+    measure.write_json(args.out, rows, measure.command("bench_noise", argv))
 
 
 @pytest.mark.parametrize("size", SIZES)

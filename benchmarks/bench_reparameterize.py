@@ -31,7 +31,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -173,29 +173,9 @@ def main(argv: list[str] | None = None) -> None:
                 r["roofline"] = stats["fastdiff"].best / floor
                 r["nanoseconds_an_element"] = stats["fastdiff"].best / size * 1e9
                 rows.append(r)
-                ratios = "; ".join(
-                    f"{name} takes {x['quiet']:.2f} times as long in the fastest round, "
-                    f"{x['median']:.2f} ({x['p10']:.2f} to {x['p90']:.2f}) in the median"
-                    for name, x in r["ratios"].items()
-                    if name != "copy"
-                )
-                print(
-                    f"{threads} threads {shape} {what}{several}: "
-                    f"{r['nanoseconds_an_element']:.2f} ns an element, "
-                    f"{r['roofline']:.1f} times its bytes at copy speed; {ratios}",
-                    flush=True,
-                )
-    measure.write_json(
-        args.out, rows, f"python -m benchmarks.bench_reparameterize {' '.join(argv)}"
-    )
-
-
-@pytest.fixture(params=(2, 1), ids=("2threads", "1thread"))
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+                nanoseconds = f"{r['nanoseconds_an_element']:.2f} ns an element"
+                measure.show(r, nanoseconds, f"{r['roofline']:.1f} times its bytes at copy speed")
+    measure.write_json(args.out, rows, measure.command("bench_reparameterize", argv))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=("256x4096", "16x4x64x64"))

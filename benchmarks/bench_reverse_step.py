@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -263,27 +263,11 @@ def main(argv: list[str] | None = None) -> None:
                 r = measure_case(solver, clip, shape, compiling, args.repeats)
                 rows.append(r)
                 # after every row: a run of minutes may be stopped
-                command = f"python -m benchmarks.bench_reverse_step {' '.join(argv)}"
-                measure.write_json(args.out, rows, command)
-                slower = ", ".join(f"{k} {v['quiet']:.2f}" for k, v in r["ratios"].items())
-                print(
-                    f"{threads} threads {r['case']:<10} {shape!s:<22} "
-                    f"{r['seconds']['fastdiff']['best'] * 1e6:8.1f} us, "
-                    f"{r['over_roofline']['quiet']:.2f} of roofline; times ours in the fastest "
-                    f"round: {slower}",
-                    flush=True,
-                )
+                measure.write_json(args.out, rows, measure.command("bench_reverse_step", argv))
+                measure.show(r, f"{r['over_roofline']['quiet']:.2f} of roofline")
 
 
 # --- pytest-benchmark -----------------------------------------------------------------------
-
-
-@pytest.fixture(params=(2, 1), ids=("2threads", "1thread"))
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("solver", "clip"), CASES, ids=CASE_IDS)

@@ -122,8 +122,7 @@ def main(argv: list[str] | None = None) -> None:
                     f"{over['median']:.2f} in the median",
                     flush=True,
                 )
-    command = f"python -m benchmarks.bench_reverse_step_rows {' '.join(argv)}"
-    measure.write_json(args.out, found, command)
+    measure.write_json(args.out, found, measure.command("bench_reverse_step_rows", argv))
 
 
 if __name__ == "__main__":

@@ -209,13 +209,8 @@ def main(argv: list[str] | None = None) -> None:
                 rows.append(r)
                 command = measure.command("bench_reverse_step_solvers", args)
                 measure.write_json(given.out, rows, command)
-                print(
-                    f"{threads} threads {name:<10} {shape!s:<22} "
-                    f"{r['seconds']['fastdiff']['median'] * 1e6:9.1f} us, "
-                    f"{r['over_roofline']['median']:.2f} of its {r['passes']} passes; diffusers "
-                    f"{r['ratios']['diffusers']['median']:.1f} times ours",
-                    flush=True,
-                )
+                over = r["over_roofline"]["median"]
+                measure.show(r, f"{over:.2f} of its {r['passes']} passes")
 
 
 if __name__ == "__main__":

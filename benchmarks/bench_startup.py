@@ -103,10 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     case, stats, "fastdiff", targets, shape=[1, 1, 32, 32], threads=threads, **facts
                 )
                 rows.append(row)
-                for name, s in stats.items():
-                    print(f"{threads} threads, {case}, {name}: {s.best:.2f} s best, "
-                          f"{s.median:.2f} median", flush=True)  # fmt: skip
-                print(f"  {facts}", flush=True)
+                measure.show(row, *(f"{name}: {value}" for name, value in facts.items()))
     if before is None:
         del os.environ["OMP_NUM_THREADS"]
     else:

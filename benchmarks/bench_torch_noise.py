@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -73,23 +73,8 @@ def main(argv: list[str] | None = None) -> None:
                 r = measure.row("torch_noise", stats, "fastdiff", target, **facts)
                 r["nanoseconds_a_normal"] = stats["fastdiff"].best / size * 1e9
                 rows.append(r)
-                ratio = r["ratios"]["torch"]
-                print(
-                    f"{threads} threads {kind:<8} {size:>7} normals "
-                    f"{r['nanoseconds_a_normal']:.3f} ns each; torch takes {ratio['quiet']:.2f} "
-                    f"times as long in the fastest round, {ratio['median']:.2f} "
-                    f"({ratio['p10']:.2f} to {ratio['p90']:.2f}) in the median",
-                    flush=True,
-                )
+                measure.show(r, f"{r['nanoseconds_a_normal']:.3f} ns each")
     measure.write_json(args.out, rows, measure.command("bench_torch_noise", argv))
-
-
-@pytest.fixture(params=(2, 1), ids=("2threads", "1thread"))
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("size", SIZES)

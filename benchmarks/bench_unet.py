@@ -155,14 +155,7 @@ def main(argv: list[str] | None = None) -> None:
             r = measure.row(f"unet cifar10 batch {batch}", stats, "fastdiff", **facts)
             r["over_floor"] = stats["fastdiff"].best / stats["floor"].best
             rows.append(r)
-            print(f"{threads} threads, batch {batch}:", flush=True)
-            for name, s in stats.items():
-                ratio = r["ratios"].get(name, {"quiet": 1.0, "median": 1.0})
-                print(
-                    f"  {name:<16} {s.best * 1e3:8.1f} ms best {s.median * 1e3:8.1f} median; "
-                    f"{ratio['quiet']:.3f} times ours, {ratio['median']:.3f} in the median",
-                    flush=True,
-                )
+            measure.show(r)
     measure.write_json(args.out, rows, measure.command("bench_unet", argv))
 
 

@@ -115,16 +115,6 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def _commit() -> str | None:
     root = Path(__file__).resolve().parent
     try:
@@ -147,10 +137,11 @@ def _commit() -> str | None:
 def machine_info() -> dict[str, Any]:
     """What a reader needs to judge a number: machine, versions, threads, load, commit."""
     import fastdiff
+    from fastdiff._machine import cpu_model
     from fastdiff.ops import _native
 
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 1),
         "isa": _native.extension.isa() if _native.extension else None,
@@ -205,6 +196,21 @@ def row(
         "machine": machine_info(),
         **facts,
     }
+
+
+def show(row: dict[str, Any], *facts: str) -> None:
+    """Print a row that `row` made: the case, our times, the facts, the peers' times over ours."""
+    ours = row["seconds"][row["ours"]]
+    ratios = [
+        f"{name} takes {r['quiet']:.2f} times as long in the fastest round, {r['median']:.2f} "
+        f"({r['p10']:.2f} to {r['p90']:.2f}) in the median"
+        for name, r in row["ratios"].items()
+        if name != "copy"  # its ratio is the roofline's
+    ]
+    shape = "x".join(map(str, row["shape"]))
+    times = f"{ours['best'] * 1e6:.1f} us best, {ours['median'] * 1e6:.1f} us median"
+    case = f"{row['threads']} threads {row['case']} {shape} {row.get('dtype', '')}".rstrip()
+    print(f"{case}: {'; '.join([times, *facts, *ratios])}", flush=True)
 
 
 # Variables that change times: of the allocator, the thread pools and the instruction sets.

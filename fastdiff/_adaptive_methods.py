@@ -59,10 +59,14 @@ class Progress:
         self.x[torch.from_numpy(taken).to(x.device)] = x[torch.from_numpy(ok).to(x.device)]
 
 
+class StuckError(RuntimeError):
+    """A step has shrunk to nothing."""
+
+
 def _require_progress(moved: Array, samples: Array) -> None:
     if not moved.all():
         stuck = int(samples[~moved][0])
-        raise RuntimeError(
+        raise StuckError(
             f"AdaptiveSampler: the step of sample {stuck} has shrunk to nothing: the tolerance "
             "cannot be met in this precision, or the model is not finite"
         )

@@ -15,14 +15,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from fastdiff import _eval_diffusion, checkpoints, data
+from fastdiff import _eval_data, _eval_diffusion, _eval_latent, _ranks, checkpoints, data
+from fastdiff._eval_data import Scored
 from fastdiff._eval_diffusion import summary
-from fastdiff._files import written_whole
+from fastdiff._files import make_folder, written_whole
 from fastdiff._machine import cpu_model
 from fastdiff.likelihood import STARTS, VARIANCES
-from fastdiff.ops import as_seeds
+from fastdiff.models import Autoencoder, LatentDiffusion
+from fastdiff.ops import as_seeds, reparameterize
 from fastdiff.reference.flow import RealNVP
 from fastdiff.reference.vae import VAE
 from fastdiff.version import __version__
@@ -33,15 +34,24 @@ METHODS = ("vlb", "ode", "both")
 def add_arguments(s: argparse.ArgumentParser) -> None:
     """The options of the command."""
     s.add_argument("checkpoint", help="shipped name or .safetensors path")
+    emoji = data.DATASETS["emoji"][1]
     s.add_argument(
-        "--data", default=str(data.DEFAULT_FOLDER),
-        help="folder of Fashion-MNIST, whose test images are scored; for a flow, a .npy of points",
+        "--data", default=None,
+        help=f"folder of Fashion-MNIST for grey images, default {data.DEFAULT_FOLDER}, of Noto "
+        f"Emoji for colour, default {emoji}; for a flow, a .npy of points",
     )  # fmt: skip
-    s.add_argument("--images", type=int, default=100, help="the first of the test split")
+    s.add_argument(
+        "--images", type=int, default=100,
+        help="the first of Fashion-MNIST's test split, or of the emoji in a fixed random order",
+    )  # fmt: skip
     s.add_argument("--batch", type=int, default=32, help="images at a time")
     s.add_argument("--seed", type=int, default=0, help="of the first image's draws")
     s.add_argument("--device", default="auto")
-    s.add_argument("--out", default=None, help="folder for eval_NAME.json and eval_NAME.png")
+    s.add_argument(
+        "--out",
+        default=None,
+        help="folder for eval_NAME.json and eval_NAME.png, made if it is missing",
+    )
     d = s.add_argument_group("diffusion models")
     d.add_argument("--method", default="both", choices=METHODS, help="bound, ODE or both")
     d.add_argument("--ode-images", type=int, default=None, help="of the ODE, default: --images")
@@ -78,26 +88,36 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"eval: ode-images must lie between 2 and images {args.images}, got {args.ode_images}"
         )
-    if args.out is not None and not (Path(args.out).is_dir() and os.access(args.out, os.W_OK)):
-        raise OSError(f"eval: out must be an existing folder to write to, got {args.out}")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.device = _ranks.local_device(args.device, "eval")
+    if args.out is not None:  # before the work, not after it
+        make_folder(Path(args.out), "eval: out")
+        if not os.access(args.out, os.W_OK):
+            raise OSError(f"eval: out must be a folder to write to, got {args.out}")
     model, schedule, card = checkpoints.load(args.checkpoint, device=args.device)
     model.requires_grad_(False)
     start = time.perf_counter()
-    if schedule is not None:
-        images, labels, facts = _images(args, card["sampling"]["shape"])
-        wanted = bool(card["classes"]) and not args.no_labels
-        found = _eval_diffusion.evaluate(
-            args, model, schedule, card, images, labels if wanted else None, facts
-        )
+    if isinstance(model, LatentDiffusion):
+        shape = _eval_latent.image_shape(model.autoencoder, model.latent_shape[-1])
+        scored = _images(args, shape)
+        near, latents = _eval_latent.reconstruction(args, model.autoencoder, scored)
+        scored = _eval_latent.of_latents(latents, scored)
+        print(f"density of {_eval_latent.SPACE}")
+        found = _eval_diffusion.evaluate(args, model, schedule, card, scored)
+        found = {**found, "kind": "latent diffusion", "reconstruction": near}
+    elif schedule is not None:
+        scored = _images(args, card["sampling"]["shape"])
+        found = _eval_diffusion.evaluate(args, model, schedule, card, scored)
+    elif isinstance(model, Autoencoder):
+        scored = _images(args, card["sampling"]["shape"])
+        near, _ = _eval_latent.reconstruction(args, model, scored)
+        found = {"kind": "autoencoder", "data": scored.facts, "reconstruction": near}
     elif isinstance(model, VAE):
         found = _vae(args, model, card)
     elif isinstance(model, RealNVP):
         found = _flow(args, model)
     else:
         raise ValueError(
-            "eval: checkpoint must hold a diffusion model, a VAE or a flow, got "
+            "eval: checkpoint must hold a diffusion model, an autoencoder, a VAE or a flow, got "
             f"{type(model).__name__}"
         )
     row = {
@@ -143,36 +163,17 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
-def _images(
-    args: argparse.Namespace, shape: list[int]
-) -> tuple[Tensor, Tensor, dict[str, dict[str, Any]]]:
-    """Test images and labels as the model wants them, and what is to be said of them."""
-    channels, height, width = shape
-    if channels != 1 or height != width or height < 28:
-        raise ValueError(
-            "eval: checkpoint must be of grey squares of 28 pixels or more, as Fashion-MNIST, got "
-            f"shape {tuple(shape)}"
-        )
-    images, labels = data.fashion_mnist("test", args.data, height)
-    if args.images > len(images):
-        raise ValueError(f"eval: images must be at most {len(images)}, got {args.images}")
-    facts = {
-        "data": {
-            "name": "Fashion-MNIST",
-            "split": "test",
-            "images": args.images,
-            "levels": 256,
-            "note": "per dim: of all elements that the model sees; per pixel: the same bits, those "
-            "of the padding too, over the 28x28 pixels of the image, whose own are no more",
-        },
-        "dims": {"dim": height * width, "pixel": 28 * 28},
-    }
-    return images[: args.images], labels[: args.images], facts
+def _images(args: argparse.Namespace, shape: list[int]) -> Scored:
+    """What is scored, and a line that says what it is."""
+    scored = _eval_data.load(args, shape)
+    print(f"data: {args.images} images of {scored.facts['name']}, split: {scored.facts['split']}")
+    return scored
 
 
 def _vae(args: argparse.Namespace, model: VAE, card: dict[str, Any]) -> dict[str, Any]:
-    """ELBO and IWAE bound of test images."""
-    images, _, facts = _images(args, card["sampling"]["shape"])
+    """ELBO, the KL divergence in it, and IWAE bound of test images."""
+    scored = _images(args, card["sampling"]["shape"])
+    images = scored.images
     observe = getattr(model, "observe", None)  # of models that say what their likelihood is of
     binary = model.likelihood == "bernoulli"
     if observe is not None:
@@ -182,7 +183,7 @@ def _vae(args: argparse.Namespace, model: VAE, card: dict[str, Any]) -> dict[str
         images = (images + 1) / 2 if binary else images
         observed = "levels as probabilities of 1" if binary else "levels"
     seeds = as_seeds(args.seed, len(images), where="eval")
-    elbo, iwae = [], []
+    elbo, iwae, kl = [], [], []
     from tqdm import tqdm
 
     bar = tqdm(total=len(images), unit="image", disable=not sys.stderr.isatty())
@@ -194,17 +195,20 @@ def _vae(args: argparse.Namespace, model: VAE, card: dict[str, Any]) -> dict[str
             # the ELBO is the expected log-weight
             elbo.append(-weights.mean(1))
             iwae.append(math.log(args.samples) - weights.logsumexp(1))
+            mu, logvar = model.encoder(x)
+            kl.append(reparameterize(mu, logvar, seeds[part])[1].double().cpu())
             bar.update(len(x))
-    dims = facts["dims"] if model.likelihood == "discretized_logistic" else {}
+    dims = scored.dims if model.likelihood == "discretized_logistic" else {}
     found: dict[str, Any] = {
         "kind": "vae",
-        "data": facts["data"],
+        "data": scored.facts,
         "likelihood": model.likelihood,
         "observed": observed,
         "negative_elbo": summary(torch.cat(elbo), dims),
         "negative_iwae": {**summary(torch.cat(iwae), dims), "samples": args.samples},
+        "kl": summary(torch.cat(kl), {}),
     }
-    for name in ("negative_elbo", "negative_iwae"):
+    for name in ("negative_elbo", "negative_iwae", "kl"):
         value = found[name]
         print(
             f"{name.replace('_', ' ')}: {value['nats']:.2f} nats an image, standard error "
@@ -215,10 +219,14 @@ def _vae(args: argparse.Namespace, model: VAE, card: dict[str, Any]) -> dict[str
 
 def _flow(args: argparse.Namespace, model: RealNVP) -> dict[str, Any]:
     """Exact log-likelihood of points."""
-    path = Path(args.data)
+    path = Path(args.data or "")
     if path.suffix != ".npy" or not path.is_file():
-        raise FileNotFoundError(f"eval: data must be a .npy file of points for a flow, got {path}")
-    points = np.load(path, allow_pickle=False)
+        rule = "data must be a .npy file of points for a flow"
+        raise FileNotFoundError(f"eval: {rule}, got {args.data}")
+    try:
+        points = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:  # numpy takes what it does not know for a pickle
+        raise ValueError(f"eval: data must be a .npy file of numbers, got {path}") from error
     if points.ndim != 2 or points.shape[1] != model.dim or points.dtype.kind != "f":
         raise ValueError(
             f"eval: data must be floating-point (N, {model.dim}), got {points.dtype} {points.shape}"

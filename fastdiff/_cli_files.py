@@ -20,7 +20,7 @@ import torch
 
 from fastdiff import _ranks, backends
 from fastdiff._cli_sample import BATCH, Job, labels_of, load_job, parse_seeds, report
-from fastdiff._files import written_whole
+from fastdiff._files import make_folder, written_whole
 from fastdiff.data import save_image
 from fastdiff.ops.noise import as_seeds
 from fastdiff.version import __version__
@@ -115,7 +115,7 @@ def prepare(args: argparse.Namespace, job: Job, work: Work, batch: int) -> tuple
     if resumes:
         check_manifest(folder / MANIFEST, described, any(p.exists() for p in work.paths.values()))
     for parent in {folder, *(path.parent for path in work.paths.values())}:
-        parent.mkdir(parents=True, exist_ok=True)
+        make_folder(parent, "sample: outdir")
         for part in parent.glob(".*.png.*.part"):  # of a process that was killed
             part.unlink(missing_ok=True)
     if not resumes:

@@ -20,6 +20,7 @@ from torch import Tensor
 from fastdiff import _ranks, backends, checkpoints, ops, schedules, solvers
 from fastdiff._files import written_whole
 from fastdiff.data import save_grid
+from fastdiff.data.pictures import picture_format
 from fastdiff.models import LatentDiffusion
 from fastdiff.ops.noise import Stream, as_seeds
 from fastdiff.reference.noise import philox
@@ -217,7 +218,7 @@ def run(args: argparse.Namespace) -> int:
 
 def load_job(args: argparse.Namespace) -> Job:
     """The model and the table that the options name."""
-    args.device = _ranks.local_device(args.device)
+    args.device = _ranks.local_device(args.device, "sample")
     dtype = checkpoints.fast_dtype(args.device) if args.dtype == "auto" else DTYPES[args.dtype]
     model, schedule, card = checkpoints.load(args.model, dtype=dtype, device=args.device)
     if torch.device(args.device).type == "cpu":
@@ -278,8 +279,11 @@ def _picture(args: argparse.Namespace) -> int:
     start = clock()
     seeds = parse_seeds(args.seeds)
     out = check_writable(Path(args.out or "samples.png"))
+    picture_format(out, "sample: out")
     save = check_writable(Path(args.save), "save") if args.save else None
     strip = check_writable(Path(args.strip), "strip") if args.strip else None
+    if strip is not None:
+        picture_format(strip, "sample: strip")
     job = load_job(args)
     loaded = clock()
     label = [n for n in job.labels for _ in seeds]

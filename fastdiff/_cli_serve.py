@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import socket
 
-import torch
-
+from fastdiff import _ranks
 from fastdiff._cli_sample import DTYPES
 
 
@@ -26,6 +26,17 @@ def add_arguments(s: argparse.ArgumentParser) -> None:
     s.set_defaults(run=run)
 
 
+def _require_free(host: str, port: int) -> None:
+    """Raises OSError where nothing can listen: before the model is loaded, and not from within the
+    server, which has no other way than to end the process."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        rule = "host and port must be an address of this machine that is free"
+        raise OSError(f"serve: {rule}, got {host} {port} ({error.strerror})") from error
+
+
 def run(args: argparse.Namespace) -> int:
     """Serve until interrupted."""
     try:
@@ -38,13 +49,11 @@ def run(args: argparse.Namespace) -> int:
 
     if not 0 <= args.port < 1 << 16:
         raise ValueError(f"serve: port must lie in [0, 65535], got {args.port}")
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    _require_free(args.host, args.port)
     engine = Engine.from_checkpoint(
         args.model,
         dtype=DTYPES.get(args.dtype),
-        device=device,
+        device=_ranks.local_device(args.device, "serve"),
         slots=args.slots,
         queue=args.queue,
         per_client=args.per_client,

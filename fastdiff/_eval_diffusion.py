@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastdiff._adaptive_methods import StuckError
+from fastdiff._eval_data import Scored
 from fastdiff._plot import pyplot, save
 from fastdiff.likelihood import DiffusionLikelihood
 from fastdiff.ops import as_seeds
@@ -25,22 +27,29 @@ def evaluate(
     model: nn.Module,
     schedule: Schedule,
     card: Mapping[str, Any],
-    images: Tensor,
-    labels: Tensor | None,
-    facts: dict[str, dict[str, Any]],
+    data: Scored,
 ) -> dict[str, Any]:
-    """What the command line asks of a diffusion model, as JSON."""
+    """What the command line asks of a diffusion model, as JSON.
+
+    Raises:
+        ValueError: uniform dequantisation of data that are on no levels.
+    """
+    levels = data.facts["levels"]
+    if levels is None and "uniform" in args.start and args.method != "vlb":
+        raise ValueError("eval: start must be decoder for latents, on no levels, got uniform")
     if args.device == "cpu":
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     clip = None if args.no_clip else card["sampling"].get("clip")
     scored = DiffusionLikelihood(
-        model, schedule, prediction=card["prediction"], clip=clip, variance=args.variance
-    )
-    job = _Job(args, scored, images, labels, facts["dims"])
+        model, schedule,
+        prediction=card["prediction"], clip=clip, variance=args.variance, bins=levels,
+    )  # fmt: skip
+    labels = data.labels if card["classes"] and not args.no_labels else None
+    job = _Job(args, scored, data.images, labels, data.dims)
     found: dict[str, Any] = {
         "kind": "diffusion",
-        "data": facts["data"],
-        "dims": facts["dims"],
+        "data": data.facts,
+        "dims": data.dims,
         "labels": "null class" if labels is None else "given",
         "clip": clip,
         "dtype": "float32 network, float64 state",
@@ -54,7 +63,7 @@ def evaluate(
             found["ode"][start], flows[start] = job.flow(start)
     if bound is not None and "decoder" in flows:
         gap = bound[: len(flows["decoder"])] - flows["decoder"]
-        found["vlb_minus_ode"] = summary(gap, facts["dims"])
+        found["vlb_minus_ode"] = summary(gap, data.dims)
     _report(found)
     return found
 
@@ -82,6 +91,8 @@ class _Job:
     ) -> None:
         self.args, self.scored, self.images, self.labels = args, scored, images, labels
         self.dims, self.seeds = dims, as_seeds(args.seed, len(images), where="eval")
+        self.unit = next(iter(dims))  # the numbers that the model sees
+        self.bits = dims[self.unit] * math.log(2)
 
     def _bar(self, total: int, unit: str, what: str) -> Any:
         from tqdm import tqdm
@@ -122,7 +133,7 @@ class _Job:
             counts.index_add_(0, found.times.flatten(), torch.ones(found.terms.numel()).double())
         total = torch.cat([found.total for found in parts])
         prior = torch.cat([found.prior for found in parts]).mean()
-        bits = self.dims["dim"] * math.log(2)
+        bits = self.bits
         mean = sums / counts
         variance = args.variance
         if variance == "auto":
@@ -132,7 +143,7 @@ class _Job:
             "variance": variance,
             "images_at_every_time": full,
             "draws_of_the_others": args.draws if rest else None,
-            "bits_per_dim_of": {
+            f"bits_per_{self.unit}_of": {
                 "L_T": float(prior) / bits,
                 "L_0": float(mean[0]) / bits,
                 "between": (float(total.mean() - prior) - float(mean[0])) / bits,
@@ -167,8 +178,8 @@ class _Job:
             "evaluations": float(nfe.double().mean()),
             "error_control": {
                 "images": again, "rtol": args.rtol / 10, "largest_change_nats": moved,
-                "largest_change_bits_per_dim": None
-                if moved is None else moved / (self.dims["dim"] * math.log(2)),
+                f"largest_change_bits_per_{self.unit}": None
+                if moved is None else moved / self.bits,
             },
         }  # fmt: skip
         return facts, nats
@@ -176,13 +187,19 @@ class _Job:
     def _solve(
         self, x: Tensor, seeds: Tensor, given: dict[str, Tensor], start: str, tol: float
     ) -> Any:
-        return self.scored.flow(
-            x, seeds, given, start=start, exact=self.args.exact, rtol=tol, atol=tol
-        )
+        try:
+            return self.scored.flow(
+                x, seeds, given, start=start, exact=self.args.exact, rtol=tol, atol=tol
+            )
+        except StuckError as error:
+            raise ValueError(
+                f"eval: rtol must be one that this model can meet, got {tol:g} ({error})"
+            ) from error
 
 
 def _report(found: dict[str, Any]) -> None:
     """The figures, a line each."""
+    first = next(iter(found["dims"]))
 
     def line(name: str, value: dict[str, Any]) -> None:
         each = ", ".join(
@@ -194,8 +211,8 @@ def _report(found: dict[str, Any]) -> None:
 
     if "vlb" in found:
         line("VLB", found["vlb"])
-        shares = ", ".join(f"{k} {v:.4f}" for k, v in found["vlb"]["bits_per_dim_of"].items())
-        print(f"  of which in bits/dim: {shares}")
+        shares = ", ".join(f"{k} {v:.4f}" for k, v in found["vlb"][f"bits_per_{first}_of"].items())
+        print(f"  of which in bits/{first}: {shares}")
     for start, value in found.get("ode", {}).items():
         line(f"ODE, {start}", value)
         print(f"  {value['evaluations']:.0f} evaluations an image, {value['divergence']}")
@@ -203,7 +220,7 @@ def _report(found: dict[str, Any]) -> None:
         if check["images"]:
             print(
                 f"  at rtol {check['rtol']:g}: {check['images']} images move by at most "
-                f"{check['largest_change_bits_per_dim']:.2g} bits/dim"
+                f"{check[f'largest_change_bits_per_{first}']:.2g} bits/{first}"
             )
     if "vlb_minus_ode" in found:
         line("VLB - ODE, decoder", found["vlb_minus_ode"])
@@ -219,23 +236,28 @@ def plot(row: Mapping[str, Any], path: Path) -> None:
         ImportError: matplotlib is not installed.
     """
     plt = pyplot("eval")
-    vlb = row["vlb"]
+    vlb, unit = row["vlb"], next(iter(row["dims"]))
+    name = unit.replace("_", " ")
     terms = np.array(vlb["terms"])
     times = np.arange(len(terms)) + 1  # t = 0 has a place on a logarithmic axis
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     left.loglog(times[1:], np.maximum(terms[1:], 1e-12), lw=1, color="C0", label="$L_{t-1}$")
-    left.loglog(times[:1], terms[:1], "o", ms=5, color="C3", label="$L_0$, the decoder")
-    left.set(xlabel="t + 1", ylabel="bits / dim", title="terms of the bound, the mean over images")
+    # of a density, L_0 may be below 0, where a logarithmic axis has no place
+    shown = f"$L_0$ = {terms[0]:.3g}, the decoder"
+    left.loglog(times[:1], terms[:1], "o", ms=5, color="C3", label=shown)
+    left.set(xlabel="t + 1", ylabel=f"bits / {name}", title="terms of the bound, means over images")
     left.legend()
     whole = terms.cumsum()
     right.semilogx(times, whole, color="C0", label="$L_0 + ... + L_t$")
-    right.axhline(vlb["bits_per_dim"], color="C0", ls="--", lw=1, label="$L_{VLB}$")
+    right.axhline(vlb[f"bits_per_{unit}"], color="C0", ls="--", lw=1, label="$L_{VLB}$")
     for k, (start, value) in enumerate(row.get("ode", {}).items()):
-        right.axhline(value["bits_per_dim"], color=f"C{k + 1}", ls=":", label=f"ODE, {start}")
-    right.set(xlabel="t + 1", ylabel="bits / dim", ylim=(0, None), title="their sum, and the ODE")
+        right.axhline(value[f"bits_per_{unit}"], color=f"C{k + 1}", ls=":", label=f"ODE, {start}")
+    right.set(xlabel="t + 1", ylabel=f"bits / {name}", title="their sum, and the ODE")
+    if row["data"]["levels"]:  # which have probabilities
+        right.set_ylim(0)
     right.legend(loc="lower right")
     for axis in (left, right):
         axis.grid(alpha=0.3)
-    count = f"{vlb['images']} images of {row['data']['name']} {row['data']['split']}"
-    figure.suptitle(f"{Path(row['checkpoint']).stem}: {count}, {row['dims']['dim']} dims")
+    count = f"{vlb['images']} images of {row['data']['name']}, {row['data']['split']}"
+    figure.suptitle(f"{Path(row['checkpoint']).stem}: {count}; {row['dims'][unit]} {name}s")
     save(figure, path)

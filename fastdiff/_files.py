@@ -8,7 +8,23 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["written_whole"]
+__all__ = ["make_folder", "written_whole"]
+
+
+def make_folder(path: Path, name: str) -> None:
+    """Make a folder and those above it, where they are missing.
+
+    Args:
+        name: the option that gave it, for the message.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        rule = f"{name} must be a folder, or one that can be made"
+        raise OSError(f"{rule}, got {path} ({error.strerror})") from error
 
 
 @contextlib.contextmanager

@@ -38,12 +38,27 @@ def restarted() -> bool:
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
-def local_device(name: str) -> str:
-    """ "auto" and "cuda" as the device of this process, a GPU for each one of a machine."""
-    if name not in ("auto", "cuda") or not torch.cuda.is_available():
-        return "cpu" if name == "auto" else name
-    local = int(os.environ.get("LOCAL_RANK", 0)) if launched() else 0
-    return f"cuda:{local % torch.cuda.device_count()}"
+def local_device(name: str, where: str) -> str:
+    """ "auto" and "cuda" as the device of this process, a GPU for each one of a machine.
+
+    Args:
+        where: the command, for the message.
+
+    Raises:
+        ValueError: torch has no such device, or not here.
+    """
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        local = int(os.environ.get("LOCAL_RANK", "0")) if launched() else 0
+        return f"cuda:{local % torch.cuda.device_count()}"
+    name = "cpu" if name == "auto" else name
+    try:
+        # asked of torch itself, whose kinds of device each have their own way to say no
+        torch.zeros(1, device=name).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        rule = "be auto, cpu or a device that torch has here"
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{where}: device must {rule}, got {name!r} ({reason})") from None
+    return name
 
 
 class Ranks:
@@ -99,7 +114,7 @@ class Launched(Ranks):
         self._dist = dist
         # pictures must not depend on the number of processes, and their last bits may depend on
         # that of threads: torchrun gives each of several processes one, so one alone has one too
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         self._store, self.rank, self.size = next(iter(rendezvous("env://")))
         on_cpu = torch.device(tensors).type == "cpu"
         dist.init_process_group(

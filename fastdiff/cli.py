@@ -21,6 +21,7 @@ from fastdiff import (
     schedules,
     solvers,
 )
+from fastdiff._options import Parser
 from fastdiff.ops import _native
 from fastdiff.table import StepTable
 from fastdiff.version import __version__
@@ -74,9 +75,11 @@ def doctor(args: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("fastdiff", description=__doc__)
+    parser = Parser("fastdiff", description="Samplers for diffusion models and VAEs.")
     parser.add_argument("--version", action="version", version=f"fastdiff {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="command", help="`fastdiff COMMAND --help` says more"
+    )
 
     sample = commands.add_parser("sample", help="write samples, as one picture or a file a seed")
     _cli_sample.add_arguments(sample)

@@ -250,7 +250,8 @@ class DiffusionLikelihood:
 
         Args:
             x0, seeds, cond: as `bound`. The draw of "decoder" is that of the first time there.
-            start: one of `STARTS`, the module says what they are.
+            start: one of `STARTS`, the module says what they are. Without bins, "decoder" bounds
+                the density of x0, and "uniform" has no bin to fill.
             exact, rtol, atol, progress: as `log_prob`.
 
         Raises:
@@ -258,13 +259,13 @@ class DiffusionLikelihood:
         """
         if start not in STARTS:
             raise ValueError(f"likelihood: start must be one of {STARTS}, got {start!r}")
-        if self.bins is None:
-            raise ValueError("likelihood: bins must be a number to dequantise, got None")
         seeds = as_seeds(seeds, len(x0), where="likelihood")
         first, x0 = self._walk.points[1], x0.double()
         how: dict[str, Any] = {"exact": exact, "rtol": rtol, "atol": atol, "progress": progress}
         dims = x0[0].numel()
         if start == "uniform":
+            if self.bins is None:
+                raise ValueError("likelihood: bins must be a number to dequantise, got None")
             width = 2 / (self.bins - 1)
             u = normal_cdf(self._noise(seeds, x0, _UNIFORM)) - 0.5
             log_p, nfe = self.log_prob(first.alpha * (x0 + width * u), seeds, cond, **how)

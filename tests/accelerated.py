@@ -176,7 +176,7 @@ def block(**change: Any) -> ResnetBlock2D:
     return filled(lambda: ResnetBlock2D(**{**config, **change}))
 
 
-X, TEMB = torch.randn(2, 16, 8, 8), torch.randn(2, 8)
+X, TEMB = randn(2, 16, 8, 8), randn(2, 8)
 
 
 def attention(**change: Any) -> Attention:

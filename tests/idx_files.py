@@ -24,3 +24,11 @@ def write_squares(folder: Path) -> Path:
         write_idx(folder / f"{split}-images-idx3-ubyte.gz", images[:n])
         write_idx(folder / f"{split}-labels-idx1-ubyte.gz", labels[:n])
     return folder
+
+
+def write_smooth(folder: Path, count: int) -> Path:
+    """A test split of random pictures, smooth over 4x4 pixels, of three classes."""
+    images = np.random.default_rng(0).integers(0, 256, (count, 7, 7))
+    write_idx(folder / "t10k-images-idx3-ubyte.gz", np.kron(images, np.ones((1, 4, 4))))
+    write_idx(folder / "t10k-labels-idx1-ubyte.gz", np.arange(count) % 3)
+    return folder

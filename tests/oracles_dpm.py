@@ -126,7 +126,7 @@ def dpmpp_3m_sde(p: Problem, x: Array, eta: float, s_noise: float) -> list:
     return states
 
 
-def _case(solver, algorithm, reason, *, oracle_options=None, **options):
+def _case(solver, algorithm, reason, **options):
     """One case; the SDE of the noise form needs signal at the start."""
     told = {"order": 2, "solver_type": "midpoint"} | options
     sde = algorithm.startswith("sde")

@@ -44,7 +44,7 @@ def dpm_2(p: Problem, x: Array, churn: tuple) -> list:
             if alpha:
                 t = hat / (1 + hat)
                 z = z * (1 - t)
-            z, _ = _two_stages(p, z, t, t_next, lambda z, t: p.predict(z, t, 1 - t, t)[0], states)
+            z, _ = _two_stages(z, t, t_next, lambda z, t: p.predict(z, t, 1 - t, t)[0], states)
             x = z
         else:
             later = p.levels[i + 1]
@@ -53,7 +53,7 @@ def dpm_2(p: Problem, x: Array, churn: tuple) -> list:
             def denoised(z, level, known=known):
                 return p.denoised(z, level, known.get(level))
 
-            z, mid = _two_stages(p, z, hat, later, denoised, states)
+            z, mid = _two_stages(z, hat, later, denoised, states)
             if mid is not None:
                 states[-1] = states[-1] * p.scales(mid)[0]
             x = alpha_next * z
@@ -61,7 +61,7 @@ def dpm_2(p: Problem, x: Array, churn: tuple) -> list:
     return states
 
 
-def _two_stages(p, z, level, level_next, denoised, states):
+def _two_stages(z, level, level_next, denoised, states):
     """Lines of sample_dpm_2 after the churn; the middle state is appended, its level returned."""
     d = (z - denoised(z, level)) / level
     if level_next == 0:
@@ -85,7 +85,7 @@ def dpm_2_ancestral(p: Problem, x: Array, eta: float, s_noise: float) -> list:
         t_next, alpha_next, _ = p.at(i + 1)
         if p.kind == "flow":
             down, factor, up = flow_step(t, t_next, eta)
-            end, _ = _two_stages(p, x, t, down, lambda z, t: p.predict(z, t, 1 - t, t)[0], states)
+            end, _ = _two_stages(x, t, down, lambda z, t: p.predict(z, t, 1 - t, t)[0], states)
             x = factor * end
         elif alpha == 0:
             # the first step, so that its row and its draw are the first
@@ -100,7 +100,7 @@ def dpm_2_ancestral(p: Problem, x: Array, eta: float, s_noise: float) -> list:
             def denoised(z, level, known=known):
                 return p.denoised(z, level, known.get(level))
 
-            z, mid = _two_stages(p, x / alpha, level, down, denoised, states)
+            z, mid = _two_stages(x / alpha, level, down, denoised, states)
             if mid is not None:
                 states[-1] = states[-1] * p.scales(mid)[0]
             x, up = alpha_next * z, alpha_next * up

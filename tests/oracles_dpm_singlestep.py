@@ -33,7 +33,7 @@ def order_list(steps: int, order: int, lower_order_final: bool, to_clean: bool) 
 
 
 def update(
-    p: Problem, base: Array, points: list, outputs: list, solver_type: str, algorithm: str, noise
+    base: Array, points: list, outputs: list, solver_type: str, algorithm: str, noise
 ) -> Array:
     """From points[0] to points[-1]: one of singlestep_dpm_solver_{first,second,third}_order_update.
 
@@ -97,7 +97,7 @@ def singlestep(
             points = [(*p.at(j)[1:], lam[j]) for j in range(start, i + 2)]
             second_of_three = k == 2 and orders[i + 1 : i + 2] == [3]
             kind = "heun" if solver_type == "dpmsolver" and second_of_three else final
-            x = update(p, base, points, outputs, kind, algorithm, noise)
+            x = update(base, points, outputs, kind, algorithm, noise)
         states.append(x)
     return states
 

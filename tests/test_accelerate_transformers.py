@@ -22,7 +22,9 @@ import fastdiff
 from fastdiff.integrations import _swap
 
 DIM = 16
-X, TEXT, TEMB = torch.randn(2, 9, DIM), torch.randn(2, 5, DIM), torch.randn(2, DIM)
+X, TEXT, TEMB = (
+    fastdiff.randn([k, k + 1], shape) for k, shape in enumerate(((9, DIM), (5, DIM), (DIM,)))
+)
 TIMES, LABELS = torch.tensor([3, 9]), torch.tensor([1, 2])
 
 

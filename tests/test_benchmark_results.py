@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from benchmarks import measure
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = {
@@ -33,6 +36,58 @@ def options(command: str) -> tuple[str, dict[str, list[str]]]:
 
 def test_there_are_results() -> None:
     assert {"film_conv2d", "film_norm", "modulate", "reverse_step", "unet"} <= set(TIMED)
+
+
+def test_the_page_of_results_lists_every_file() -> None:
+    folder = ROOT / "benchmarks" / "results"
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    rows = "".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
+    listed = set(re.findall(r"`([\w-]+\.\w+)`", rows))
+    # "`name.json`, `.png`" stands for both
+    listed |= {f"{name}.png" for name in re.findall(r"`([\w-]+)\.json`, `\.png`", rows)}
+    assert listed == {path.name for path in folder.iterdir()} - {"README.md"}
+
+
+def test_figures_in_the_text_are_those_of_the_files() -> None:
+    """What the README and the page of training say outside of generated tables."""
+    pages = (ROOT / "README.md", ROOT / "docs" / "training.md")
+    readme, training = (" ".join(page.read_text(encoding="utf-8").split()) for page in pages)
+
+    def told(value: dict[str, Any]) -> str:
+        return f"{value['bits_per_dim']:.2f} ± {value['bits_per_dim_standard_error']:.2f}"
+
+    (scored,) = RESULTS["eval_fashion"]
+    assert f"needs {told(scored['vlb'])} bits/dim by its variational bound" in readme
+    assert f"{told(scored['ode']['decoder'])} by its ODE" in readme
+    assert f"the bound lies {told(scored['vlb_minus_ode'])} above" in readme
+    (vae,) = RESULTS["eval_vae-mlp"]
+    elbo, iwae = (-vae[f"negative_{name}"]["nats"] for name in ("elbo", "iwae"))
+    assert f"test ELBO of {elbo:.1f} nats" in readme
+    assert f"an ELBO of {elbo:.2f} nats on the 10,000 test images" in training
+    assert f"bound of {vae['negative_iwae']['samples']} draws of {iwae:.2f}" in training
+    ten, twenty = sorted(RESULTS["quality_latent"], key=lambda r: r["steps"])
+    for page in (readme, training):
+        assert f"{100 * twenty['accuracy']:.1f} %" in page
+        assert f"{100 * twenty['classifier_accuracy']:.1f} % of the real" in page
+    assert f"{100 * ten['accuracy']:.1f} % at 10" in training
+    (latent,) = RESULTS["eval_latent"]
+    near = latent["reconstruction"]
+    assert f"a PSNR of {near['psnr']:.1f} dB, a root mean square error of {near['rmse']:.2f}" in (
+        training
+    )
+    card = json.loads((ROOT / "fastdiff" / "assets" / "emoji.json").read_text())
+    assert f"trained in {card['training']['minutes']:.0f} minutes" in readme
+
+
+@pytest.mark.parametrize("name", TIMED)
+def test_rows_can_be_shown(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for row in TIMED[name]:
+        measure.show(row, "a fact")
+        line = capsys.readouterr().out
+        assert line.count("\n") == 1 and row["case"] in line and "; a fact" in line
+        for peer, ratio in row["ratios"].items():
+            told = f"; {peer} takes {ratio['quiet']:.2f} times as long in the fastest round"
+            assert (told in line) is (peer != "copy")
 
 
 @pytest.mark.parametrize("name", TIMED)

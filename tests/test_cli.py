@@ -155,6 +155,9 @@ def test_doctor_names_every_backend_and_the_cost(capsys):
         (["--spacing", "wavy"], "spacing must be one of"),
         (["--option", "eta"], "option must be like eta=0.5, got 'eta'"),
         (["--option", "eta=0.5"], "options of dpmpp_2m must be among"),
+        (["--out", "x.txt"], "sample: out must end like a picture, in .png or such, got x.txt"),
+        (["--out", "x"], "sample: out must end like a picture, in .png or such, got x"),
+        (["--strip", "x.fits"], "sample: strip must end like a picture"),  # which is read alone
         (["--strip", "no/such/folder/x.png"], "strip must lie in an existing folder"),
         (["--subdirs"], "subdirs must be given with --outdir, got True"),
         (["--batch", "4"], "batch must be given with --outdir, got 4"),

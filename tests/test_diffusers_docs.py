@@ -19,7 +19,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "diffusers.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 
 
-def test_blocks_run_in_turn(capsys: pytest.CaptureFixture[str]) -> None:
+def test_blocks_run_in_turn() -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
     assert len(blocks) == 5
     scope: dict[str, Any] = {}

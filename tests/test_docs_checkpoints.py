@@ -28,7 +28,7 @@ def test_blocks_run_in_turn(tmp_path, monkeypatch, capsys):
     torch.save(published(UNet(config)), "model.pt")
     blocks = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
     assert len(blocks) == 5
-    scope: dict[str, object] = {"torch": torch}
+    scope: dict[str, object] = {}
     with torch.no_grad():
         for block in blocks:
             exec(compile(block, PAGE.name, "exec"), scope)

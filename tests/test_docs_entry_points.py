@@ -28,7 +28,6 @@ def model(x, t, y):
 PAGES = {
     "guided_diffusion": (
         {
-            "torch": torch,
             "model": model,
             "classes": torch.tensor([1, 0]),
             "classifier": lambda x, t: torch.stack([x.mean((1, 2, 3)), x.std((1, 2, 3))], dim=1),

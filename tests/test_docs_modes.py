@@ -6,7 +6,6 @@ import inspect
 import re
 from pathlib import Path
 
-import pytest
 
 from fastdiff import Sampler, cli, sampler, training
 
@@ -27,7 +26,7 @@ def test_every_mode_is_named() -> None:
     assert "unroll" in inspect.signature(Sampler).parameters
 
 
-def test_the_commands_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_are_taken() -> None:
     lines = re.findall(r"^torchrun --nproc-per-node \d -m fastdiff (.*)$", TEXT, re.MULTILINE)
     assert len(lines) == 3
     for line in lines:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
-import struct
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from idx_files import write_smooth
 from PIL import Image
 from torch import nn
 from torch.distributions import MultivariateNormal
 
-from fastdiff import _cli_eval, checkpoints, cli, data, schedules
+from fastdiff import checkpoints, cli, data, schedules
 from fastdiff.likelihood import DiffusionLikelihood
 from fastdiff.models.unet import UNet, UNetConfig
+from fastdiff.models.vae import VAE as TrainedVAE
+from fastdiff.models.vae import VAEConfig
 from fastdiff.reference.flow import RealNVP
 from fastdiff.reference.vae import VAE
 
@@ -27,18 +28,10 @@ COUNT = 12
 
 @pytest.fixture
 def folder(tmp_path):
-    """A test split in the format of Fashion-MNIST: smooth random pictures."""
+    """A test split in the format of Fashion-MNIST."""
     made = tmp_path / "data"
     made.mkdir()
-    draw = np.random.default_rng(0)
-    images = np.kron(draw.integers(0, 256, (COUNT, 7, 7)), np.ones((1, 4, 4))).astype(np.uint8)
-    labels = np.arange(COUNT, dtype=np.uint8) % 3
-    for name, array in (("images-idx3", images), ("labels-idx1", labels)):
-        header = (
-            b"\x00\x00\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
-        )
-        (made / f"t10k-{name}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes()))
-    return made
+    return write_smooth(made, COUNT)
 
 
 @pytest.fixture
@@ -103,8 +96,9 @@ def test_a_diffusion_model(small, folder, tmp_path, capsys):
 
 def test_every_time_of_every_image(small, folder, tmp_path):
     words = [small, "--data", folder, "--images", 3, "--draws", 0, "--method", "vlb"]
-    assert run(*words, "--no-labels", "--no-clip", "--out", tmp_path) == 0
-    row = row_of(tmp_path)
+    made = tmp_path / "not" / "there"
+    assert run(*words, "--no-labels", "--no-clip", "--out", made) == 0
+    row = row_of(made)
     images, _ = data.fashion_mnist("test", folder, 28)
     model, schedule, card = checkpoints.load(small)
     scored = DiffusionLikelihood(model, schedule, prediction=card["prediction"])
@@ -114,17 +108,6 @@ def test_every_time_of_every_image(small, folder, tmp_path):
     assert "ode" not in row and "vlb_minus_ode" not in row
     sums = np.array(row["vlb"]["terms"]) * 784 * math.log(2)
     assert np.abs(sums / found.terms.mean(0).numpy() - 1).max() <= 1e-3
-
-
-def test_padding_is_counted_apart(folder):
-    """32x32: the bits of the padding count for the pixels, of which there are fewer."""
-    args = _cli_eval.argparse.Namespace(data=str(folder), images=4)
-    images, labels, facts = _cli_eval._images(args, [1, 32, 32])
-    assert images.shape == (4, 1, 32, 32) and labels.tolist() == [0, 1, 2, 0]
-    assert facts["dims"] == {"dim": 1024, "pixel": 784}
-    found = _cli_eval.summary(torch.full((4,), 1024 * math.log(2)), facts["dims"])
-    assert abs(found["bits_per_dim"] - 1) < 1e-6
-    assert abs(found["bits_per_pixel"] - 1024 / 784) < 1e-6
 
 
 class LinearEncoder(nn.Module):
@@ -172,6 +155,29 @@ def test_a_vae_whose_posterior_is_true_gives_the_likelihood(folder, tmp_path, mo
     assert row["negative_iwae"]["samples"] == 7
     assert "negative elbo: " in capsys.readouterr().out
     assert not (tmp_path / "eval_linear.png").exists()
+
+
+def test_a_decoder_that_ignores_its_latent_gives_independent_pixels(folder, tmp_path, monkeypatch):
+    """Then log p(x) is theirs, and where q is the prior both bounds are it, with no divergence."""
+    model = TrainedVAE(VAEConfig(hidden=8, latent=3))
+    for weights in model.parameters():
+        nn.init.zeros_(weights)
+    bias = model.decoder.body[-2].bias
+    nn.init.normal_(bias, generator=torch.Generator().manual_seed(0))
+    card = {"sampling": {"shape": [1, 28, 28]}}
+    monkeypatch.setattr(checkpoints, "load", lambda *_, **__: (model, None, card))
+    images = data.fashion_mnist("test", folder, 28)[0][:6]
+    x = model.observe(images, torch.Generator().manual_seed(0)).double()
+    p = bias.detach().double().sigmoid().view(1, 28, 28)
+    want = -float((x * p.log() + (1 - x) * (1 - p).log()).flatten(1).sum(1).mean())
+    words = ["v", "--data", folder, "--images", 6, "--samples", 4, "--batch", 4]
+    assert run(*words, "--out", tmp_path) == 0
+    row = row_of(tmp_path, "v")
+    # a sum of 784 terms below 4 in float32, in pairs: 10 roundings of the partial sums
+    bound = 10 * torch.finfo(torch.float32).eps * want
+    assert abs(row["negative_elbo"]["nats"] - want) <= bound
+    assert abs(row["negative_iwae"]["nats"] - want) <= bound
+    assert row["kl"]["nats"] == 0.0 and row["observed"] == "binarized by the seed 0"
 
 
 def test_iwae_is_no_looser_than_the_elbo_and_bits_are_those_of_levels(
@@ -253,6 +259,19 @@ def test_the_shipped_model_is_scored_and_its_bound_lies_above_its_ode():
     assert (results / "eval_fashion.png").is_file()
 
 
+@pytest.mark.parametrize(("name", "unit"), [("emoji", "dim"), ("latent", "latent_dim")])
+def test_other_shipped_models_are_scored_for_what_they_are(name, unit):
+    results = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+    row = row_of(results, name)
+    card = json.loads((checkpoints.ASSETS / f"{name}.json").read_text())
+    assert row["sha256"] == card["sha256"] and list(row["dims"]) == [unit]
+    gap = row["vlb_minus_ode"]
+    assert gap["nats"] > 5 * gap["nats_standard_error"] > 0
+    said = row["data"]["split"] if name == "emoji" else row["data"]["space"]
+    assert ("no test figure" if name == "emoji" else "not of pixels") in said
+    assert (results / f"eval_{name}.png").is_file()
+
+
 def test_without_matplotlib_the_figures_are_written(small, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     words = [small, "--data", folder, "--images", 2, "--method", "vlb", "--out", tmp_path]
@@ -270,7 +289,7 @@ def test_without_matplotlib_the_figures_are_written(small, folder, tmp_path, mon
         (["--draws", 1], "draws must be 0 or at least 2"),
         (["--batch", 0], "batch must be at least 1"),
         (["--ode-images", 7], "ode-images must lie between 2 and images 6, got 7"),
-        (["--out", "no/such/folder"], "out must be an existing folder to write to"),
+        (["--out", __file__], "eval: out must be a folder, or one that can be made, got"),
         (["--data", "no/such/folder"], "data: folder must hold t10k-images"),
         (["--rtol", 0], "rtol and atol must be above 0"),
     ],
@@ -286,10 +305,27 @@ def test_what_has_no_likelihood_here_is_refused(tiny, folder, tmp_path, monkeypa
     assert "must be of grey squares of 28 pixels or more" in capsys.readouterr().err
     monkeypatch.setattr(checkpoints, "load", lambda *_, **__: (nn.Linear(2, 2), None, {}))
     assert run("x") == 2
-    assert "must hold a diffusion model, a VAE or a flow, got Linear" in capsys.readouterr().err
+    assert (
+        "must hold a diffusion model, an autoencoder, a VAE or a flow, got Linear"
+        in capsys.readouterr().err
+    )
     monkeypatch.setattr(checkpoints, "load", lambda *_, **__: (RealNVP(3), None, {}))
     assert run("x") == 2
     assert "data must be a .npy file of points for a flow" in capsys.readouterr().err
     np.save(tmp_path / "p.npy", np.zeros((4, 2)))
     assert run("x", "--data", tmp_path / "p.npy") == 2
     assert "data must be floating-point (N, 3), got float64 (4, 2)" in capsys.readouterr().err
+    for damaged in (b"", b"hello", (tmp_path / "p.npy").read_bytes()[:100]):
+        (tmp_path / "q.npy").write_bytes(damaged)
+        assert run("x", "--data", tmp_path / "q.npy") == 2
+        assert "data must be a .npy file of numbers, got" in capsys.readouterr().err
+
+
+def test_an_ode_that_cannot_be_solved_ends_in_a_line(small, folder, monkeypatch, capsys):
+    model, schedule, card = checkpoints.load(small)
+    model.conv_out.bias.data.fill_(math.nan)
+    monkeypatch.setattr(checkpoints, "load", lambda *_, **__: (model, schedule, card))
+    assert run("small", "--data", folder, "--images", 2, "--no-clip", "--method", "ode") == 2
+    told = capsys.readouterr().err
+    assert told.startswith("fastdiff: error: eval: rtol must be one that this model can meet")
+    assert told.count("\n") == 1

@@ -97,7 +97,7 @@ def test_page():
         "vae-mlp", "autoencoder", "latent",
     ]  # fmt: skip
     (block,) = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
-    scope: dict[str, object] = {"torch": torch}
+    scope: dict[str, object] = {}
     exec(compile(block, PAGE.name, "exec"), scope)
     images = scope["images"]
     assert isinstance(images, torch.Tensor) and images.shape == (2, 1, 32, 32)

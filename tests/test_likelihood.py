@@ -65,6 +65,28 @@ def test_bound_of_unit_normal_data_is_their_likelihood(schedule, prediction):
         assert abs(expected(scored, value) - want) <= room
 
 
+def test_decoder_of_unit_normal_numbers_gives_their_density():
+    """Without bins L_0 is the true posterior's density there, and the ODE stands still."""
+    data = GaussianMixture(
+        torch.ones(1, dtype=F64), torch.zeros(1, 1, dtype=F64), torch.ones(1, dtype=F64)
+    )
+    schedule = schedules.cosine(30)
+    scored = DiffusionLikelihood(
+        data.network(schedule, "v_prediction"), schedule,
+        prediction="v_prediction", variance="large", bins=None,
+    )  # fmt: skip
+    x0 = torch.tensor([[-1.5], [0.0], [0.4]], dtype=F64)
+    tol = 1e-9
+    found = scored.flow(x0, 3, exact=True, rtol=tol, atol=tol)
+    want = -Normal(0.0, 1.0).log_prob(x0[:, 0])
+    # a step of the ODE is off by tol (1 + |value|) at most, and each takes 6 evaluations at least;
+    # log sigma of the first time and its square in the density are differences from 1
+    steps = found.nfe.double() / 6
+    room = steps * tol * (1 + want) + 256 * EPS / (1 - scored.alphabars[0])
+    assert ((found.nats - want).abs() <= room).all()
+    assert (found.decoder != 0).all()
+
+
 def test_bound_of_the_true_posterior_with_a_learned_variance_is_the_likelihood():
     """Narrow data off the origin, down to no signal: the network gives mean and variance."""
     mean, var = 0.7, 0.09
@@ -274,8 +296,9 @@ SMOOTH = DiffusionLikelihood(
         (lambda x: DiffusionLikelihood(abs, SHORT, variance="big"), "variance must be one of"),
         (lambda x: DiffusionLikelihood(abs, SHORT, clip=0.0), "clip must be above 0"),
         (lambda x: DiffusionLikelihood(abs, SHORT, bins=1), "bins must be at least 2, got 1"),
+        (lambda x: SMOOTH.flow(x, 0), "schedule must be discrete .* got kind 'flow'"),
         (lambda x: SMOOTH.bound(x, 0), "schedule must be discrete .* got kind 'flow'"),
-        (lambda x: SMOOTH.flow(x, 0), "bins must be a number"),
+        (lambda x: SMOOTH.flow(x, 0, start="uniform"), "bins must be a number"),
         (lambda x: GOOD.flow(x, 0, start="noise"), "start must be one of"),
         (lambda x: GOOD.flow(x, 0, rtol=0.0), "rtol and atol must be above 0"),
         (lambda x: GOOD.bound(x, [1]), "seeds"),

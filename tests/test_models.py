@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from unets import filled
 
 from fastdiff.models import UNet, UNetConfig
 from fastdiff.models.unet import FilmNorm, timestep_embedding
@@ -20,16 +21,6 @@ CONFIGS = {
         head_dim=8, in_channels=3,
     ),
 }  # fmt: skip
-
-
-def filled(config: UNetConfig) -> UNet:
-    """A model without the zero weights it starts with, so that every layer counts."""
-    torch.manual_seed(0)
-    model = UNet(config)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn_like(p) / max(p[0].numel(), 4) ** 0.5 if p.ndim > 1 else p + 0.1)
-    return model.eval()
 
 
 def batch(config: UNetConfig, n: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -199,7 +190,8 @@ def test_config_survives_json():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"channels": ()}, "channels must name at least one level"),
+        ({"channels": ()}, r"channels must be ints >= 1, at least one, got \(\)"),
+        ({"channels": (0,)}, r"channels must be ints >= 1, at least one, got \(0,\)"),
         ({"channels": (20,)}, "channels must be multiples of groups=8 and head_dim=32"),
         ({"image_size": 30}, "image_size must be a multiple of 4"),
         ({"attention": (5,)}, r"attention must name grid sizes among \[16, 8\]"),

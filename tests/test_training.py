@@ -11,6 +11,7 @@ import pytest
 import torch
 from idx_files import COUNT, write_squares
 from PIL import Image
+from training_runs import losses
 
 from fastdiff import checkpoints, data, randn, schedules, training
 from fastdiff.models import UNet, UNetConfig
@@ -50,31 +51,6 @@ def test_sample_grid(config, monkeypatch):
     pixels = np.asarray(Image.open(path / "grid.png"))
     assert pixels.shape == (32, 320)
     assert pixels.std() > 0
-
-
-def losses(config: TrainConfig) -> list[float]:
-    state = torch.load(Path(config.out) / "last.pt", weights_only=True)
-    return state["losses"].tolist()
-
-
-def test_interrupted_run_resumes_to_the_same_bits(config, tmp_path, monkeypatch):
-    whole = training.train(config)
-    cut = replace(config, out=str(tmp_path / "cut"))
-    advance = training.Run.advance
-
-    def stop(run):
-        if run.step == 6:
-            raise KeyboardInterrupt
-        return advance(run)
-
-    monkeypatch.setattr(training.Run, "advance", stop)
-    with pytest.raises(KeyboardInterrupt):
-        training.train(cut)
-    monkeypatch.undo()
-    assert len(losses(cut)) == 4
-    resumed = training.train(replace(cut, resume=True))
-    assert losses(cut) == losses(config)
-    assert resumed.read_bytes() == whole.read_bytes()
 
 
 def test_a_finished_run_is_written_again_unchanged(config):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from idx_files import COUNT, write_squares
 from PIL import Image
+from training_runs import losses
 
 from fastdiff import checkpoints, cli, data, training
 from fastdiff.models import VAE, Autoencoder, LatentDiffusion, UNet
@@ -58,10 +59,6 @@ def of(folder, tmp_path, trained):
         return tiny(model, folder, out or tmp_path / model, **options)
 
     return make
-
-
-def losses(config):
-    return torch.load(Path(config.out) / "last.pt", weights_only=True)["losses"].tolist()
 
 
 def test_every_model_is_here():
@@ -257,7 +254,7 @@ def test_config_errors(model, options, message):
         TrainConfig.of(model, "x", **options)
 
 
-def test_run_errors(of, trained, tmp_path):
+def test_run_errors(of):
     with pytest.raises(ValueError, match="likelihood must be gaussian or discretized_logistic"):
         training.train(of("autoencoder", likelihood="bernoulli"))
     with pytest.raises(ValueError, match="autoencoder must name a checkpoint of an Autoencoder"):

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from bits import assert_same_bits
 from budget import assert_within_budget
 from torch.utils._python_dispatch import TorchDispatchMode
+from unets import filled
 
-from fastdiff import checkpoints, use_backend
+from fastdiff import checkpoints, randn, use_backend
 from fastdiff.models import UNet, UNetConfig, _attention
 
 TINY = UNetConfig(
@@ -22,16 +23,6 @@ TINY = UNetConfig(
 RESBLOCKS = UNetConfig.from_config(
     {**TINY.to_config(), "downsample": "resblock", "upsample": ["resblock"], "modulation": "add"}
 )
-
-
-def filled(config: UNetConfig) -> UNet:
-    """A model without the zero weights it starts with, so that every layer counts."""
-    torch.manual_seed(0)
-    model = UNet(config)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn_like(p) / max(p[0].numel(), 4) ** 0.5 if p.ndim > 1 else p + 0.1)
-    return model.eval()
 
 
 def batch(config: UNetConfig, n: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -213,7 +204,7 @@ def test_dropout_is_for_training():
     # kept activations count double, so that without any dropped the branch is as in evaluation
     block = model.down[0].res
     block.dropout = 2.0**-60
-    h, film = torch.randn(2, 8, 4, 4), torch.randn(2, 16)
+    h, film = randn([0, 1], (8, 4, 4)), randn([2, 3], (16,))
     trained = block(h, film)
     ulps = 8 * torch.finfo(torch.float32).eps * trained.abs().max()
     assert (trained - block.eval()(h, film)).abs().max() <= ulps

@@ -11,16 +11,34 @@ from torch import Tensor
 
 from fastdiff._files import written_whole
 
-__all__ = ["encode_png", "save_grid", "save_image"]
+__all__ = ["encode_png", "picture_format", "save_grid", "save_image"]
+
+
+def picture_format(path: Path, name: str = "data: path") -> str:
+    """Pillow's name of the format that a file's ending asks for.
+
+    Args:
+        name: what gave the path, for the message.
+
+    Raises:
+        ValueError: it asks for none that can be written.
+    """
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind not in Image.SAVE:
+        raise ValueError(f"{name} must end like a picture, in .png or such, got {path}")
+    return kind
 
 
 def save_grid(images: Tensor, path: str | Path, columns: int) -> None:
-    """Write images as one PNG, `columns` in a row.
+    """Write images as one picture, `columns` in a row.
 
     Args:
         images: `(N, 1, h, w)` grey or `(N, 3, h, w)` RGB, in [-1, 1]; values outside are clamped.
-        path: the file to write.
+        path: the file to write, in the format that its ending names.
         columns: images in a row, >= 1.
+
+    Raises:
+        ValueError: a rule is broken, or the ending names no format that can be written.
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3) or columns < 1:
         raise ValueError(
@@ -34,9 +52,7 @@ def save_grid(images: Tensor, path: str | Path, columns: int) -> None:
     pixels = grid.view(rows, columns, c, h, w).permute(0, 3, 1, 4, 2)
     pixels = pixels.reshape(rows * h, columns * w, c).squeeze(-1)
     path = Path(path)
-    kind = Image.registered_extensions().get(path.suffix.lower())
-    if kind is None:
-        raise ValueError(f"data: path must end like a picture, in .png or such, got {path}")
+    kind = picture_format(path)
     with written_whole(path) as part:
         Image.fromarray(pixels.numpy()).save(part, format=kind)
 

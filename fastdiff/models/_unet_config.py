@@ -118,8 +118,9 @@ class UNetConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"UNetConfig: {name} must be None or an int >= 1, got {value!r}")
-        if not self.channels:
-            raise ValueError("UNetConfig: channels must name at least one level, got ()")
+        widths = self.channels
+        if not widths or not all(type(c) is int and c >= 1 for c in widths):
+            raise ValueError(f"UNetConfig: channels must be ints >= 1, at least one, got {widths}")
         if self.num_classes < 0:
             raise ValueError(f"UNetConfig: num_classes must be >= 0, got {self.num_classes}")
         if not self.eps >= 0:

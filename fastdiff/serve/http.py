@@ -283,8 +283,11 @@ class Server(uvicorn.Server):  # type: ignore[misc]  # which mypy is told nothin
     Args:
         engine, keep: as for `create_app`.
         host, port: to listen at; port 0 is any that is free.
-        grace: seconds.
+        grace: seconds, at least 0.
         options: of `uvicorn.Config`.
+
+    Raises:
+        ValueError: the grace is negative or no number.
     """
 
     def __init__(
@@ -297,6 +300,8 @@ class Server(uvicorn.Server):  # type: ignore[misc]  # which mypy is told nothin
         keep: int = 1024,
         **options: Any,
     ) -> None:
+        if not grace >= 0:
+            raise ValueError(f"Server: grace must be at least 0, got {grace}")
         app = create_app(engine, keep=keep)
         super().__init__(uvicorn.Config(app, host=host, port=port, **options))
         self.engine, self.grace = engine, grace

@@ -52,7 +52,7 @@ class Share:
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        device = _ranks.local_device(config.device)
+        device = _ranks.local_device(config.device, "train")
         self._ranks = _ranks.join(device)
         self.rank, self.size = self._ranks.rank, self._ranks.size
         if config.batch % self.size:

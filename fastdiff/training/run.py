@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastdiff import checkpoints, data
-from fastdiff._files import written_whole
+from fastdiff._files import make_folder, written_whole
 from fastdiff._machine import cpu_model
 from fastdiff.training.config import TrainConfig, progress_of
 from fastdiff.training.diffusion import Diffusion
@@ -213,7 +213,7 @@ def train(config: TrainConfig) -> Path:
     if config.threads:
         torch.set_num_threads(config.threads)
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out, "train: out")
     run, last, writes = Run(config, share), out / "last.pt", share.rank == 0
 
     if config.resume:
