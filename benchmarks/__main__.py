@@ -145,8 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.base is not None:
         return compare(args.only, args.base, args.rest, args.rounds)
     failed = [n for n in args.only if not run(n, args.rest, args.out / f"{n}.json")]
-    files = [p for n in args.only if (p := args.out / f"{n}.json").exists()]
-    rows = report.load(files)
+    # all that are there, so that a run of some keeps the others' rows
+    rows = report.load(sorted(args.out.glob("*.json")))
     if rows:
         args.out.joinpath("report.md").write_text(report.table(rows), encoding="utf-8")
         try:
