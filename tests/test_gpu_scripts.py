@@ -46,19 +46,19 @@ def test_the_hashes_are_those_of_this_machine(
     want: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # the first 2^26 normals, and all loops
-    assert hashes.check("cpu", want, hashes.CHUNK) == []
+    assert hashes.check(["cpu"], want, hashes.CHUNK) == []
 
     # what differs, and what is gone, is named
     monkeypatch.setattr(hashes, "loops", lambda device: iter([("ddim", "0"), ("new", "1")]))
     loops = {"ddim": want["loops"]["ddim"], "euler": want["loops"]["euler"]}
-    assert hashes.check("cpu", {"normals": {}, "loops": loops}, 0) == [
+    assert hashes.check(["cpu"], {"normals": {}, "loops": loops}, 0) == [
         "cpu, loops: ddim", "cpu, loops: new", "cpu, loops: euler is missing",
     ]  # fmt: skip
 
 
 def test_a_machine_that_lacks_a_backend_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hashes, "unavailable", lambda name: None if name == "triton" else "gone")
-    found = hashes.ways("cuda")
+    found = hashes.ways(["triton", "cuda"])
     assert [next(found)[0] for _ in range(3)] == [
         "triton",
         "triton, graph",
@@ -91,4 +91,6 @@ def test_a_part_that_is_none(tmp_path: Path) -> None:
     words = ["bash", str(FOLDER / "run.sh"), "nothing", str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "part must be wheels, all, build, tests, hashes or bench, got nothing" in done.stderr
+    assert (
+        "part must be wheels, all, build, tests, triton, cuda or bench, got nothing" in done.stderr
+    )

@@ -1,8 +1,10 @@
 """SHA-256 of noise and of whole loops, written on a CPU and compared on a GPU.
 
-    python scripts/gpu/hashes.py write                 # scripts/gpu/hashes.json, by the CPU backend
-    python scripts/gpu/hashes.py compare               # the same on what this machine has
+    python scripts/gpu/hashes.py compare               # what this machine has with the file
+    python scripts/gpu/hashes.py write                 # the loops anew, after a new solver
+    python scripts/gpu/hashes.py write --normals 4294967296    # the normals too
 
+The file is scripts/gpu/hashes.json, and what is written comes from the CPU backend.
 `compare` ends with 1 where a hash differs, and prints each. What is hashed is float32 in C order,
 which the library promises as bits: 2^32 normals of seeds, steps and streams up to the ends of their
 ranges, and what every solver makes in twenty steps of a model that multiplies and adds, so that
@@ -15,7 +17,7 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,6 @@ from fastdiff.backends import unavailable, use_backend
 
 FILE = Path(__file__).with_name("hashes.json")
 CHUNK = 1 << 26  # normals that are drawn at a time, 256 MiB
-NORMALS = 1 << 32
 SHAPE = (4, 16, 24)
 BATCH = 3
 # the ends of the ranges, and what lies between: seed, step, stream
@@ -73,16 +74,15 @@ def loops(device: str, **how: Any) -> Iterator[tuple[str, str]]:
         yield f"{name}, guidance 1.5, clip 1", digest(made)
 
 
-def ways(device: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(name, backend, options of the sampler) of all that this machine has."""
-    if device == "cpu":
-        yield "cpu", "cpu", {}
-        return
-    for backend in ("triton", "cuda"):
+def ways(backends: Sequence[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(name, backend, options of the sampler)."""
+    for backend in backends:
         reason = unavailable(backend)
         if reason is not None:
             raise SystemExit(f"hashes: backend must be able to run, got {backend}: {reason}")
         yield backend, backend, {}
+        if backend == "cpu":
+            continue
         yield f"{backend}, graph", backend, {"mode": "graph"}
         yield f"{backend}, unrolled graph", backend, {"mode": "graph", "unroll": True}
 
@@ -99,11 +99,12 @@ def compare(found: Iterator[tuple[str, str]], want: dict[str, str], way: str) ->
     return wrong + missing
 
 
-def check(device: str, want: dict[str, Any], count: int) -> list[str]:
-    """Every difference between a device's hashes and the file's."""
+def check(backends: Sequence[str], want: dict[str, Any], count: int) -> list[str]:
+    """Every difference between the hashes of backends and the file's."""
     wrong: list[str] = []
     drawn = dict(list(want["normals"].items())[: count // CHUNK])
-    for way, backend, how in ways(device):
+    for way, backend, how in ways(backends):
+        device = "cpu" if backend == "cpu" else "cuda"
         with use_backend(backend):
             if not how:
                 wrong += compare(normals(device, count), drawn, f"{way}, normals")
@@ -115,21 +116,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("what", choices=("write", "compare"))
     parser.add_argument("--file", type=Path, default=FILE)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    every = ("triton", "cuda") if torch.cuda.is_available() else ("cpu",)
+    parser.add_argument("--backends", nargs="+", default=every, help="to compare")
     parser.add_argument(
-        "--normals", type=int, default=NORMALS, help="a multiple of 2^26; fewer take less time"
+        "--normals", type=int, help="how many, a multiple of 2^26; the default is those of the file"
     )
     args = parser.parse_args(argv)
     if args.what == "compare":
-        wrong = check(args.device, json.loads(args.file.read_text(encoding="utf-8")), args.normals)
+        want = json.loads(args.file.read_text(encoding="utf-8"))
+        count = CHUNK * len(want["normals"]) if args.normals is None else args.normals
+        wrong = check(args.backends, want, count)
         print("\n".join(wrong) or "all hashes are those of the file")
         return int(bool(wrong))
-    make: dict[str, Callable[[], Iterator[tuple[str, str]]]] = {
-        "normals": lambda: normals("cpu", args.normals),
-        "loops": lambda: loops("cpu"),
-    }
     with use_backend("cpu"):
-        found = {name: dict(each()) for name, each in make.items()}
+        if args.normals is None:
+            drawn = json.loads(args.file.read_text(encoding="utf-8"))["normals"]
+        else:
+            drawn = dict(normals("cpu", args.normals))
+        found = {"normals": drawn, "loops": dict(loops("cpu"))}
     facts = {"fastdiff": fastdiff.__version__, "torch": torch.__version__}
     args.file.write_text(json.dumps({**facts, **found}, indent=1) + "\n", encoding="utf-8")
     return 0

@@ -6,7 +6,8 @@
 #   scripts/gpu/run.sh all OUT [FOLDER]    the parts below in turn; a part that fails stops no other
 #   scripts/gpu/run.sh build OUT [FOLDER]  build and install into build/gpu, offline from FOLDER
 #   scripts/gpu/run.sh tests OUT           the tests marked gpu
-#   scripts/gpu/run.sh hashes OUT          noise and loops against the hashes of the CPU
+#   scripts/gpu/run.sh triton OUT          noise and loops of Triton against the hashes of the CPU
+#   scripts/gpu/run.sh cuda OUT            those of CUDA C++
 #   scripts/gpu/run.sh bench OUT           kernels, loops and modes, as JSON
 #
 # $PYTHON (python3) needs torch with CUDA, Triton, pip and a C++17 compiler. README.md says what
@@ -15,7 +16,7 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 python="${PYTHON:-python3}"
 site="$root/build/gpu"
-part="${1:?wheels, all, build, tests, hashes or bench}"
+part="${1:?wheels, all, build, tests, triton, cuda or bench}"
 out="$(mkdir -p "${2:?a folder}" && cd "$2" && pwd)"
 wheels=""
 if [ "$part" != wheels ] && [ -n "${3:-}" ]; then
@@ -47,7 +48,7 @@ case "$part" in
     ;;
   all)
     code=0
-    for each in build tests hashes bench; do
+    for each in build tests triton cuda bench; do
       "${BASH_SOURCE[0]}" "$each" "$out" ${wheels:+"$wheels"} || code=1
     done
     exit "$code"
@@ -65,9 +66,11 @@ case "$part" in
     logged tests "$python" -m pytest -m gpu -p no:cacheprovider -q "$root/tests/test_gpu.py" \
       "$root/tests/test_modulate_gpu.py" "$root/tests/test_sampler_gpu.py"
     ;;
-  hashes) logged hashes "$python" "$root/scripts/gpu/hashes.py" compare ;;
+  triton | cuda)
+    logged "$part" "$python" "$root/scripts/gpu/hashes.py" compare --backends "$part"
+    ;;
   bench)
     logged bench "$python" "$root/scripts/gpu/bench.py" --out "$out/gpu_bench.json"
     ;;
-  *) echo "gpu: part must be wheels, all, build, tests, hashes or bench, got $part" >&2; exit 2 ;;
+  *) echo "gpu: part must be wheels, all, build, tests, triton, cuda or bench, got $part" >&2; exit 2 ;;
 esac
