@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -66,14 +67,13 @@ def build(ref: str | None, folder: Path) -> Path:
     """
     source, target = ROOT, folder / "library"
     if ref is not None:
-        source = folder / "source"
-        _do("git", "-C", str(ROOT), "worktree", "add", "--detach", "--force", str(source), ref)
-    try:
-        how = ["--no-deps", "--no-build-isolation", "--quiet", "--target", str(target)]
-        _do(sys.executable, "-m", "pip", "install", *how, str(source))
-    finally:
-        if ref is not None:
-            _do("git", "-C", str(ROOT), "worktree", "remove", "--force", str(source))
+        # an archive leaves nothing in the repository where this is killed, as a worktree would
+        source, packed = folder / "source", folder / "source.zip"
+        _do("git", "-C", str(ROOT), "archive", "--format=zip", "--output", str(packed), ref)
+        shutil.unpack_archive(packed, source)
+    how = ["--no-deps", "--no-build-isolation", "--quiet", "--target", str(target)]
+    print(f"+ pip install {ref or 'the checkout'}", flush=True)
+    _do(sys.executable, "-m", "pip", "install", *how, str(source))
     return target
 
 
@@ -145,8 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.base is not None:
         return compare(args.only, args.base, args.rest, args.rounds)
     failed = [n for n in args.only if not run(n, args.rest, args.out / f"{n}.json")]
-    files = [p for n in args.only if (p := args.out / f"{n}.json").exists()]
-    rows = report.load(files)
+    # all that are there, so that a run of some keeps the others' rows
+    rows = report.load(sorted(args.out.glob("*.json")))
     if rows:
         args.out.joinpath("report.md").write_text(report.table(rows), encoding="utf-8")
         try:

@@ -1,6 +1,6 @@
-"""Benchmark JSON to one markdown table and one plot.
+"""Benchmark JSON to tables, one a file, and one plot of all.
 
-    python -m benchmarks.report benchmarks/results/*.json --plot benchmarks/results/ops.svg
+    python -m benchmarks.report benchmarks/results/*.json --out report.md --plot report.svg
 
 Needs matplotlib for the plot alone.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,15 @@ Row = dict[str, Any]
 
 
 def load(paths: Iterable[str | Path]) -> list[Row]:
-    """Rows of all files that `measure.write_json` wrote; others are passed over."""
+    """Timed rows of all files, each with the name of its file; others are passed over."""
     rows: list[Row] = []
-    for path in paths:
-        found = json.loads(Path(path).read_text())
-        rows += [
+    for path in map(Path, paths):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        timed = [
             r for r in found if isinstance(r, dict) and {"case", "seconds", "ratios"} <= set(r)
         ]
+        # a row that names no threads had those of its process
+        rows += [{"threads": r["machine"].get("threads"), **r, "file": path.stem} for r in timed]
     return rows
 
 
@@ -48,7 +51,7 @@ def targets(row: Row) -> list[tuple[str, float, float, bool]]:
         met = got >= aim if sense == "at least" else got <= aim
         found.append((f"{peer} / ours, {sense} {aim:g}", got, aim, met))
     roofline = row.get("over_roofline")
-    if roofline and roofline["at most"] is not None:
+    if roofline and roofline.get("at most") is not None:
         got, aim = roofline["quiet"], roofline["at most"]
         found.append((f"ours / roofline, at most {aim:g}", got, aim, got <= aim))
     if row.get("microseconds_at_most") is not None:
@@ -57,36 +60,56 @@ def targets(row: Row) -> list[tuple[str, float, float, bool]]:
     return found
 
 
+def by_file(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of each file."""
+    return {name: [r for r in rows if r["file"] == name] for name in _unique(rows, "file")}
+
+
+def _unique(rows: Sequence[Row], key: str) -> list[Any]:
+    return list(dict.fromkeys(r[key] for r in rows if r.get(key) is not None))
+
+
+def _peers(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(p for r in rows for p in r["ratios"]))
+
+
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: one line a row, then the targets, then machine and commands."""
-    peers = list(dict.fromkeys(p for r in rows for p in r["ratios"]))
-    head = ["case", "shape", "threads", "ours", "of roofline", *peers]
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for r in rows:
-        roofline = r.get("over_roofline")
-        of_roofline = f"{roofline['quiet']:.2f} ({roofline['median']:.2f})" if roofline else ""
-        ours = r["seconds"][r["ours"]]
-        cells = [r["case"], _shape(r), str(r["threads"])]
-        cells += [f"{_time(ours['best'])} ({_time(ours['median'])})", of_roofline]
-        lines.append("| " + " | ".join([*cells, *(_ratio(r, p) for p in peers)]) + " |")
-    lines += [
+    """Markdown: for each file a line a row, then the targets, the commands and the machines."""
+    lines = [
+        "# Benchmarks",
         "",
         "Fastest round, and in brackets the median round. A column with a peer's name: how many "
         "times longer the peer takes. Roofline: the bytes that the step must move, at the "
-        "bandwidth of `copy` in the same run.",
+        "bandwidth of `copy` in the same run. Written by `python -m benchmarks.report`.",
     ]
-    aimed = [(r, *t) for r in rows for t in targets(r)]
-    if aimed:
-        lines += ["", "| case | shape | threads | target | got | met |", "|" + " --- |" * 6]
+    for name, its in by_file(rows).items():
+        lines += ["", f"## {name}", "", *_lines(its)]
+        aimed = [(r, *t) for r in its for t in targets(r)]
+        if aimed:
+            lines += ["", "| case | shape | threads | target | got | met |", "|" + " --- |" * 6]
         for r, what, got, _, met in aimed:
             cells = [r["case"], _shape(r), str(r["threads"]), what, f"{got:.2f}"]
             lines.append("| " + " | ".join([*cells, "yes" if met else "no"]) + " |")
-    lines.append("")
-    for command in dict.fromkeys(r["command"] for r in rows):
-        lines.append(f"`{command.strip()}`")
-    for facts in dict.fromkeys(_machine(r) for r in rows):
-        lines.append(f"on {facts}.")
+        lines += ["", *(f"`{command.strip()}`" for command in _unique(its, "command"))]
+        lines += [f"on {facts}." for facts in dict.fromkeys(_machine(r) for r in its)]
     return "\n".join(lines) + "\n"
+
+
+def _lines(rows: Sequence[Row]) -> list[str]:
+    """The table of one file, without the columns that it has nothing for."""
+    peers, timed = _peers(rows), any(r.get("over_roofline") for r in rows)
+    facts = [key for key in ("dtype", "solver", "steps") if len(_unique(rows, key)) > 1]
+    head = ["case", "shape", *facts, "threads", "ours", *(["of roofline"] if timed else []), *peers]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for r in rows:
+        ours = r["seconds"][r["ours"]]
+        cells = [r["case"], _shape(r), *(str(r.get(key, "")) for key in facts), str(r["threads"])]
+        cells.append(f"{_time(ours['best'])} ({_time(ours['median'])})")
+        if timed:
+            roofline = r.get("over_roofline")
+            cells.append(f"{roofline['quiet']:.2f} ({roofline['median']:.2f})" if roofline else "")
+        lines.append("| " + " | ".join([*cells, *(_ratio(r, p) for p in peers)]) + " |")
+    return lines
 
 
 def _machine(row: Row) -> str:
@@ -95,7 +118,7 @@ def _machine(row: Row) -> str:
 
 
 def plot(rows: Sequence[Row], path: str | Path) -> None:
-    """Bars of every peer's time over ours, a group for each case and shape, a panel for threads.
+    """A line for each peer of each file: a dot a row at the peer's time over ours, and the median.
 
     Raises:
         RuntimeError: matplotlib is not installed.
@@ -105,34 +128,43 @@ def plot(rows: Sequence[Row], path: str | Path) -> None:
 
         matplotlib.use("Agg")
         from matplotlib import pyplot
-        from matplotlib.patches import Patch
     except ImportError as error:
         raise RuntimeError(
             "report: --plot needs matplotlib (pip install 'fastdiff-sampler[peers]')"
         ) from error
-    peers = list(dict.fromkeys(p for r in rows for p in r["ratios"] if p != "fastdiff, allocating"))
-    threads = sorted({r["threads"] for r in rows}, reverse=True)
-    figure, panels = pyplot.subplots(
-        len(threads), 1, figsize=(11, 3.6 * len(threads)), squeeze=False, layout="constrained"
-    )
-    for panel, n in zip(panels[:, 0], threads, strict=True):
-        mine = [r for r in rows if r["threads"] == n]
-        width = 0.8 / len(peers)
-        for k, peer in enumerate(peers):
-            at = [i + k * width for i, r in enumerate(mine) if peer in r["ratios"]]
-            high = [r["ratios"][peer]["quiet"] for r in mine if peer in r["ratios"]]
-            # a colour by name: bars without data would leave theirs to the next peer
-            panel.bar(at, high, width, color=f"C{k}")
-        panel.axhline(1.0, color="black", linewidth=0.8)
-        panel.set_yscale("log")
-        panel.set_ylabel("time over ours")
-        panel.set_title(f"{n} thread{'s' if n > 1 else ''}")
-        labels = [f"{r['case']}\n{_shape(r)}" for r in mine]
-        panel.set_xticks([i + 0.4 for i in range(len(mine))], labels, rotation=60, fontsize=6)
-    keys = [Patch(color=f"C{k}", label=peer) for k, peer in enumerate(peers)]
-    figure.legend(handles=keys, loc="outside upper center", fontsize=7, ncols=len(peers))
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    threads, shown, labels = sorted(_unique(rows, "threads")), set(), []
+    # names in the file that change with each run would make another picture of the same rows
+    with matplotlib.rc_context({"svg.hashsalt": "report", "svg.fonttype": "none"}):
+        figure, axes = pyplot.subplots(layout="constrained")
+        for k, (name, its) in enumerate(by_file(rows).items()):
+            start = len(labels)
+            for peer in _peers(its):
+                found = [(r["ratios"][peer]["quiet"], r) for r in its if peer in r["ratios"]]
+                for n in threads:
+                    across = [ratio for ratio, r in found if r["threads"] == n]
+                    if across:
+                        style = {"color": f"C{threads.index(n)}", "alpha": 0.6, "linewidths": 0}
+                        label = None if n in shown else f"{n} thread{'s' if n > 1 else ''}"
+                        height = [len(labels)] * len(across)
+                        axes.scatter(across, height, s=16, label=label, **style)
+                        shown.add(n)
+                middle = statistics.median(ratio for ratio, _ in found)
+                axes.plot(middle, len(labels), marker="|", color="black", markersize=9)
+                labels.append(f"{name}: {peer}")
+            if k % 2 and len(labels) > start:
+                axes.axhspan(start - 0.5, len(labels) - 0.5, color="0.94", zorder=0)
+        axes.axvline(1.0, color="black", linewidth=0.8)
+        axes.set_xscale("log")
+        axes.set_xlabel("time over ours, fastest rounds; a dot a row, | their median")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set_yticks(range(len(labels)), labels, fontsize=7)
+        axes.set_ylim(len(labels) - 0.5, -0.5)
+        axes.grid(axis="x", linewidth=0.3)
+        axes.legend(loc="upper right", fontsize=8)
+        figure.set_size_inches(9, 1.2 + 0.17 * len(labels))
+        metadata = {"Date": None} if Path(path).suffix == ".svg" else None
+        figure.savefig(path, dpi=120, metadata=metadata)
+        pyplot.close(figure)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -146,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("no rows in these files")
     text = table(rows)
     if args.out:
-        Path(args.out).write_text(text)
+        Path(args.out).write_text(text, encoding="utf-8")
     else:
         print(text)
     if args.plot:

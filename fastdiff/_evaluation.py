@@ -54,12 +54,16 @@ class Evaluation:
         guide_model: the unconditional one, None for the same.
         batched: one call of 2N samples where the model is the same.
         compiled: through ``torch.compile(fullgraph=True)``, one graph for each kind of call.
+
+    Attributes:
+        models: both, as given.
     """
 
     def __init__(
         self, model: Model, guide_model: Model | None, batched: bool, compiled: bool
     ) -> None:
         second = model if guide_model is None else guide_model
+        self.models = (model,) if guide_model is None else (model, guide_model)
         # conditional alone, both in one batch, unconditional alone
         calls = (model, model, second)
         # each its own graph, so that no row waits for a compilation that another kind has had

@@ -14,12 +14,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastdiff._evaluation import Conditions
+from fastdiff._evaluation import Conditions, Evaluation
 from fastdiff._guidance import RowGuidance, Weight
 from fastdiff._loop import Loop, Memory, Start
 from fastdiff._sample_step import Evaluated, SampleStep
@@ -77,6 +78,19 @@ def capture(
     Returns:
         A function that replays the graph and returns the tensors, which are the same each time.
     """
+    # autocast would keep casts of the weights from the warm-up, and free them before the replays
+    kept = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        return _captured(body, rewind, device)
+    finally:
+        torch.set_autocast_cache_enabled(kept)
+
+
+def _captured(
+    body: Callable[[], Result], rewind: Callable[[], None], device: torch.device
+) -> Callable[[], Result]:
     with torch.cuda.device(device):
         side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         now = torch.cuda.current_stream()
@@ -88,7 +102,8 @@ def capture(
             rewind()
         now.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # another thread may allocate, or ask for an event, meanwhile
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             result = body()
 
     def replay() -> Result:
@@ -120,6 +135,7 @@ class GraphLoop:
         self._signature: Any = None
         self._static: Static | None = None
         self._numbers: list[float] | None = None  # weights of guidance that are on the device
+        self._stream: Any = None  # of the last run
         self._replays: dict[Any, Callable[[], Result]] = {}
         self._busy = threading.Lock()
 
@@ -144,12 +160,16 @@ class GraphLoop:
 
     def _load(self, start: Start) -> Static:
         """The run's numbers in static memory, which is new where something has another shape."""
-        signature = _signature(start)
+        signature = _signature(start, self._loop.evaluation)
         if self._static is None or signature != self._signature:
             self._replays.clear()
             self._static = self._reserve(start)
             self._signature, self._numbers = signature, None
         static = self._static
+        now = torch.cuda.current_stream(start.x.device)
+        if self._stream is not None and self._stream != now:
+            now.wait_stream(self._stream)  # the last run may still read what is filled here
+        self._stream = now
         self._fill(static, start)
         return static
 
@@ -295,7 +315,15 @@ def _copies(given: dict[str, Any]) -> dict[str, Any]:
     return {k: torch.empty_like(v) if isinstance(v, Tensor) else v for k, v in given.items()}
 
 
-def _signature(start: Start) -> tuple[Any, ...]:
+def _weights(model: Any) -> tuple[Any, ...]:
+    """Where the weights of a module lie: new values are read there, new memory is not."""
+    if not isinstance(model, torch.nn.Module):
+        return (id(model),)
+    tensors = chain(model.parameters(), model.buffers())
+    return model.training, tuple((t.data_ptr(), t.dtype) for t in tensors)
+
+
+def _signature(start: Start, evaluation: Evaluation) -> tuple[Any, ...]:
     """What a capture depends on."""
 
     def of(value: Any) -> Any:
@@ -309,4 +337,7 @@ def _signature(start: Start) -> tuple[Any, ...]:
         tuple((name, of(value)) for name, value in part.items()) for part in start.conditions
     )
     calls = tuple(row.calls for row in start.guidance)
-    return of(start.x), given, calls, forced()
+    device = start.x.device.type
+    cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    models = tuple(map(_weights, evaluation.models))
+    return of(start.x), given, calls, forced(), cast, models

@@ -54,9 +54,10 @@ class Sampler:
             all rows, whose sums may round otherwise than the model's own; "graph": on a CUDA
             device, one captured step that is replayed for each row, with the row's number, the
             table, the times and the seeds in device memory. It is captured again where the shape
-            or dtype of the state or of a condition changes, memory is kept between calls, and a
-            call while another runs is a RuntimeError. The model must be one that a CUDA graph can
-            hold: no look at a value from Python, no memory of earlier calls.
+            or dtype of the state or of a condition changes or the model's weights lie in other
+            memory, memory is kept between calls, and a call while another runs is a RuntimeError.
+            The model must be one that a CUDA graph can hold: no look at a value from Python, no
+            memory of earlier calls.
         unroll: in mode "graph", capture all rows as one graph: a launch a run, rows compiled each
             to its own terms; without callback and `iter`.
         batched: conditional and unconditional in one model call of 2N samples, or in two calls.

@@ -99,8 +99,9 @@ class Recorder(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def recording(graph: FakeGraph) -> Iterator[None]:
-    """In place of `torch.cuda.graph`."""
+def recording(graph: FakeGraph, capture_error_mode: str) -> Iterator[None]:
+    """In place of `torch.cuda.graph`; what other threads do shall not end a recording."""
+    assert capture_error_mode == "thread_local"
     recorder = Recorder(graph)
     Recorder.now = recorder
     try:
@@ -112,8 +113,12 @@ def recording(graph: FakeGraph) -> Iterator[None]:
 
 
 class FakeStream:
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.waited_for: list[FakeStream] = []
+
     def wait_stream(self, other: FakeStream) -> None:
         assert isinstance(other, FakeStream)
+        self.waited_for.append(other)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+_SECONDS = 600  # long for a loaded machine too: what takes longer hangs
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -36,14 +37,18 @@ def started(
     ]  # fmt: skip
 
 
-def by_variables(count: int, arguments: list[str]) -> tuple[list[int], str, str]:
-    """Exit codes and all that was printed."""
-    processes = started(count, ["-m", "fastdiff", *arguments])
+def by_variables(
+    count: int, arguments: list[str], script: str | None = None
+) -> tuple[list[int], str, str]:
+    """Exit codes and all that was printed, of the command or of a script in its place."""
+    start = ["-m", "fastdiff"] if script is None else ["-c", script]
+    processes = started(count, [*start, *arguments])
     try:
-        printed = [process.communicate(timeout=200) for process in processes]
+        printed = [process.communicate(timeout=_SECONDS) for process in processes]
     finally:
         for process in processes:
             process.kill()
+            process.communicate()
     out, err = ("".join(parts) for parts in zip(*printed, strict=True))
     return [process.returncode for process in processes], out, err
 
@@ -52,6 +57,6 @@ def by_torchrun(count: int, arguments: list[str]) -> tuple[list[int], str, str]:
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone",
          "--nproc-per-node", str(count), "-m", "fastdiff", *arguments],
-        env=environment(), capture_output=True, text=True, timeout=200,
+        env=environment(), capture_output=True, text=True, timeout=_SECONDS,
     )  # fmt: skip
     return [done.returncode], done.stdout, done.stderr

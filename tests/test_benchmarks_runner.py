@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,45 @@ def test_an_unknown_commit_is_named(tmp_path: Path) -> None:
         pytest.skip("not a git checkout")
     with pytest.raises(RuntimeError, match="no-such-commit"):
         runner.build("no-such-commit", tmp_path)
+
+
+def test_a_commit_is_built_from_its_own_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    really, built = runner._do, []
+
+    def do(*words: str) -> None:
+        if words[0] == "git":
+            really(*words)
+        else:
+            built.append(words)
+
+    monkeypatch.setattr(runner, "_do", do)
+    target = runner.build("HEAD", tmp_path)
+    show = ["git", "-C", str(ROOT), "show", "HEAD:fastdiff/version.py"]
+    committed = subprocess.run(show, capture_output=True, check=True).stdout
+    assert (tmp_path / "source" / "fastdiff" / "version.py").read_bytes() == committed
+    assert built[0][-2:] == (str(target), str(tmp_path / "source"))
+    assert runner.build(None, tmp_path) == target
+    assert built[1][-2:] == (str(target), str(ROOT))
+
+
+def test_a_benchmark_runs_on_the_library_of_its_folder(tmp_path: Path) -> None:
+    """Not on the checkout, nor on what an editable install would find."""
+    library = tmp_path / "library"
+    (library / "fastdiff").mkdir(parents=True)
+    (library / "fastdiff" / "__init__.py").write_text("WHO = 'of the folder'")
+    (tmp_path / "probe_bench.py").write_text(
+        "import sys, fastdiff\nprint(__name__, fastdiff.WHO, sys.argv[1:])"
+    )
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-c", runner._LAUNCH, str(library), "probe_bench", "--out", "x"],
+        env={**os.environ, "PYTHONPATH": path}, cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout == "__main__ of the folder ['--out', 'x']\n", done.stderr
 
 
 @pytest.mark.parametrize("ended", (True, False), ids=("ends", "fails"))

@@ -6,7 +6,6 @@ import inspect
 import re
 from pathlib import Path
 
-
 from fastdiff import Sampler, cli, sampler, training
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "modes_and_devices.md"

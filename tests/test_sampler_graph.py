@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from bits import assert_same_bits
-from fake_cuda_graph import FakeGraph
+from fake_cuda_graph import FakeGraph, FakeStream
 from fake_cuda_graph import graphs as graphs
 from solver_cases import home
 
@@ -136,6 +136,83 @@ def test_captured_again_only_where_shapes_change(graphs: list[FakeGraph], unroll
     with use_backend("reference"):
         both(seeds=[8], **one)
     assert len(graphs) == 4
+
+
+@pytest.mark.parametrize("which", ("model", "guide_model"))
+@pytest.mark.parametrize("unroll", (False, True), ids=("looped", "unrolled"))
+def test_weights_in_new_memory_are_captured_again(
+    graphs: list[FakeGraph], unroll: bool, which: str
+) -> None:
+    class Net(torch.nn.Conv2d):
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    nets = {"model": Net(3, 3, 1), "guide_model": Net(3, 3, 1)}
+    rest: dict[str, Any] = {"guide_model": nets["guide_model"], "guidance": 2.0}
+    plain = Sampler(nets["model"], table(), **rest)
+    sampler = Sampler(nets["model"], table(), mode="graph", unroll=unroll, **rest)
+
+    def both() -> None:
+        assert_same_bits(sampler(SHAPE, seeds=[3, 9]), plain(SHAPE, seeds=[3, 9]))
+
+    net = nets[which]
+    both()
+    with torch.no_grad():
+        net.weight.mul_(0.5)  # where it lies
+    both()
+    assert len(graphs) == 1
+    net.weight = torch.nn.Parameter(net.weight.detach() * 0.5)
+    both()
+    assert len(graphs) == 2
+    net.eval()  # a module may compute something else then
+    both()
+    assert len(graphs) == 3
+
+
+@pytest.mark.parametrize("unroll", (False, True), ids=("looped", "unrolled"))
+def test_autocast(graphs: list[FakeGraph], unroll: bool) -> None:
+    """Captured anew, with the casts of the weights: outside they would be freed memory."""
+
+    class Net(torch.nn.Linear):
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    net = Net(8, 8)
+    plain, sampler = (
+        Sampler(net, table(), **how)  # type: ignore[arg-type]
+        for how in ({}, {"mode": "graph", "unroll": unroll})
+    )
+    found = []
+    for on in (False, True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            found.append(plain(SHAPE, seeds=[3, 9]))
+            assert_same_bits(sampler(SHAPE, seeds=[3, 9]), found[-1])
+    assert not torch.equal(found[0], found[1])
+    assert len(graphs) == 3
+    with torch.autocast("cpu", torch.bfloat16):
+        sampler(SHAPE, seeds=[3, 9])
+        with torch.no_grad():
+            net.weight.mul_(0.5)
+        got = sampler(SHAPE, seeds=[3, 9])
+        assert torch.is_autocast_cache_enabled()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same_bits(got, plain(SHAPE, seeds=[3, 9]))
+
+
+def test_a_run_waits_for_the_last_one_on_another_stream(
+    graphs: list[FakeGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler = Sampler(model, table(), mode="graph")
+    first, second = FakeStream(), FakeStream()
+    for now in (first, first, second, first):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None, now=now: now)
+        sampler(SHAPE, seeds=[3, 9])
+    assert second.waited_for == [first]
+    # after the warm-ups, which have a stream of their own
+    assert first.waited_for[-1] is second and len(first.waited_for) == 2
+    assert len(graphs) == 1
 
 
 def test_a_step_has_few_nodes(graphs: list[FakeGraph]) -> None:

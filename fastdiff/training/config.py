@@ -90,6 +90,9 @@ class TrainConfig:
         save_every: steps between checkpoints.
         sample_every: steps between sample grids.
         resume: continue from the checkpoint in `out`.
+        shard: among the processes of torchrun, cut the weights, their gradients, averages and
+            moments into a part for each, by `torch.distributed.fsdp.fully_shard`, for a model
+            that is too large to be kept whole in every one. One process has all parts.
 
     Raises:
         ValueError: a value breaks its rule, or belongs to another model.
@@ -134,6 +137,7 @@ class TrainConfig:
     save_every: int = 500
     sample_every: int = 2000
     resume: bool = False
+    shard: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channels", tuple(self.channels))
@@ -196,8 +200,9 @@ class TrainConfig:
             value = getattr(self, f.name)
             if f.name == "resume" or (f.name != "out" and value == own.get(f.name, f.default)):
                 continue
-            text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            words.append(f"--{f.name.replace('_', '-')} {text}")
+            words.append(f"--{f.name.replace('_', '-')}")
+            if not isinstance(value, bool):
+                words.append(" ".join(map(str, value)) if isinstance(value, tuple) else str(value))
         return " ".join(words)
 
 

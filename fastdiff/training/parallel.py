@@ -1,5 +1,5 @@
-"""Training by the processes of torchrun, each on its share of every batch
-(`torch.nn.parallel.DistributedDataParallel`).
+"""Training by the processes of torchrun, each on its share of every batch, and with all weights
+(`torch.nn.parallel.DistributedDataParallel`) or with its part of them (`fastdiff.training.shards`).
 
 Every process draws the order of the images alike, and an image's noise goes by its place in the
 whole batch; times and dropped labels go by process, evenly spaced in each. So a run is a function
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import _ranks
+from fastdiff.training import shards
 from fastdiff.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ class _LossOf(nn.Module):
         self.model, self._objective = model, objective
 
     def forward(self, index: Tensor, step: int) -> Tensor:
-        return self._objective.loss(self.model, index, step)
+        # torch brings the arguments of a sharded module to its device; the images stay on the CPU
+        return self._objective.loss(self.model, index.cpu(), step)
 
 
 class Share:
@@ -46,6 +48,7 @@ class Share:
     Attributes:
         config: of this process: its device, its number of images, a seed of its own.
         rank, size: number of this process, and of all.
+        sharded: whether it has a part of the weights alone.
 
     Raises:
         ValueError: the batch is no multiple of the number of processes.
@@ -55,6 +58,7 @@ class Share:
         device = _ranks.local_device(config.device, "train")
         self._ranks = _ranks.join(device)
         self.rank, self.size = self._ranks.rank, self._ranks.size
+        self.sharded = config.shard and self.size > 1
         if config.batch % self.size:
             self.leave()
             raise ValueError(
@@ -74,13 +78,44 @@ class Share:
         n = self.config.batch
         return whole[self.rank * n : (self.rank + 1) * n]
 
-    def loss(self, model: nn.Module, objective: Objective) -> Loss:
-        """The loss of images at a step; its gradients are means over all processes."""
+    def place(self, model: nn.Module, ema: nn.Module, objective: Objective) -> Loss:
+        """Bring both models to the device, in place.
+
+        Returns:
+            The loss of images at a step; its gradients are means over all processes.
+        """
+        if self.sharded:
+            device = torch.device(self.config.device)
+            shards.cut(ema, device)
+            return cast(Loss, shards.cut(_LossOf(model, objective), device))
+        for each in (model, ema):
+            self._to_device(each, objective)
         if self.size == 1:
             return lambda index, step: objective.loss(model, index, step)
-        device = torch.device(self.config.device)
-        ids = None if device.type == "cpu" else [device.index]
-        return cast(Loss, nn.parallel.DistributedDataParallel(_LossOf(model, objective), ids))
+        return cast(Loss, nn.parallel.DistributedDataParallel(_LossOf(model, objective)))
+
+    def _to_device(self, model: nn.Module, objective: Objective) -> nn.Module:
+        layout: dict[str, Any] = {
+            "memory_format": objective.memory_format, "device": self.config.device,
+        }  # fmt: skip
+        return model.to(**layout)
+
+    def whole(self, state: Any) -> Any:
+        """Nested state with all tensors whole, in the first process; None in the others."""
+        if self.sharded:
+            state = shards.whole(state, self.rank == 0)
+        return state if self.rank == 0 else None
+
+    def whole_model(self, model: nn.Module, objective: Objective) -> nn.Module | None:
+        """The model with its weights whole, in the first process; None in the others."""
+        if not self.sharded:
+            return model if self.rank == 0 else None
+        state = self.whole(model.state_dict())
+        if state is None:
+            return None
+        found = objective.build()
+        found.load_state_dict(state)
+        return self._to_device(found, objective).requires_grad_(False).eval()
 
     def mean(self, loss: Tensor) -> float:
         """The mean over all processes."""

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from fastdiff import checkpoints, data
 from fastdiff._files import make_folder, written_whole
 from fastdiff._machine import cpu_model
+from fastdiff.training import shards
 from fastdiff.training.config import TrainConfig, progress_of
 from fastdiff.training.diffusion import Diffusion
 from fastdiff.training.latent import AutoencoderTraining, LatentDiffusionTraining
@@ -61,13 +62,10 @@ class Run:
             raise ValueError(f"train: dataset must hold square images, got {tuple(shape[2:])}")
         torch.manual_seed(config.seed)
         self.objective = OBJECTIVES[config.model](self.share.config, self.dataset)
-        layout: dict[str, Any] = {
-            "memory_format": self.objective.memory_format, "device": config.device,
-        }  # fmt: skip
-        self.model, self.ema = (self.objective.build().to(**layout) for _ in range(2))
-        self._loss = self.share.loss(self.model, self.objective)
+        self.model, self.ema = (self.objective.build() for _ in range(2))
         self.ema.load_state_dict(self.model.state_dict())
         self.ema.requires_grad_(False).eval()
+        self._loss = self.share.place(self.model, self.ema, self.objective)
         pairs = zip(self.model.parameters(), self.ema.parameters(), strict=True)
         trained = [(own, mean) for own, mean in pairs if own.requires_grad]
         self.parameters: list[nn.Parameter] = [own for own, _ in trained]
@@ -120,8 +118,8 @@ class Run:
         return torch.searchsorted(ends, places).clamp(max=n - 1)[order]
 
     def save(self, path: Path) -> None:
-        """Write the checkpoint whole or not at all."""
-        state = {
+        """Write the checkpoint whole or not at all; the first process does, of what all have."""
+        state = self.share.whole({
             "config": asdict(self.config),
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
@@ -129,7 +127,9 @@ class Run:
             "step": self.step,
             "elapsed": self.elapsed,
             "losses": torch.tensor(self.losses),
-        }
+        })  # fmt: skip
+        if state is None:
+            return
         with written_whole(path) as part:
             try:
                 torch.save(state, part)
@@ -143,22 +143,38 @@ class Run:
             raise FileNotFoundError(
                 f"train: out must hold {path.name} to resume, got {path.parent}"
             )
-        state = torch.load(path, weights_only=True, map_location=self.config.device)
+        state = torch.load(path, weights_only=True, map_location="cpu")
         # checkpoints from before there were other models do not name theirs
         model = state["config"].get("model", "unet")
         if model != self.config.model:
             raise ValueError(
                 f"train: model must be that of {path.name}, {model}, got {self.config.model}"
             )
-        self.model.load_state_dict(state["model"])
-        self.ema.load_state_dict(state["ema"])
+        for module, saved in ((self.model, state["model"]), (self.ema, state["ema"])):
+            own = module.state_dict()
+            module.load_state_dict({
+                name: shards.like(own[name], value) if name in own else value
+                for name, value in saved.items()
+            })  # fmt: skip
+        # which torch would leave in the memory order of the file, and its fused step reads memory
+        # as it lies
+        for i, moments in state["optimizer"]["state"].items():
+            for name, value in moments.items():
+                if name != "step":
+                    moments[name] = shards.like(self.parameters[i], value)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.elapsed = state["step"], state["elapsed"]
         self.losses = state["losses"].tolist()
 
     def show(self, path: Path, rows: int = 8) -> None:
-        """Write a grid of what the averaged weights make."""
-        self.objective.show(self.ema, path, rows)
+        """Write a grid of what the averaged weights make; the first process does."""
+        model = self.averages()
+        if model is not None:
+            self.objective.show(model, path, rows)
+
+    def averages(self) -> nn.Module | None:
+        """The averaged weights, whole, in the first process; None in the others."""
+        return self.share.whole_model(self.ema, self.objective)
 
     def card(self) -> dict[str, Any]:
         """What the reader of the weights should know; `metrics` is filled by the benchmarks."""
@@ -214,22 +230,22 @@ def train(config: TrainConfig) -> Path:
         torch.set_num_threads(config.threads)
     out = Path(config.out)
     make_folder(out, "train: out")
-    run, last, writes = Run(config, share), out / "last.pt", share.rank == 0
+    run, last = Run(config, share), out / "last.pt"
 
     if config.resume:
         run.load(last)
     bar = tqdm(
         total=config.steps, initial=run.step, unit="step", mininterval=2, file=sys.stderr,
-        disable=not writes,
+        disable=share.rank > 0,
     )  # fmt: skip
     mark, usual = time.perf_counter(), 0.0
     while run.progress < 1:
         loss = run.advance()
         bar.update()
         bar.set_postfix(loss=f"{loss:.4f}", minutes=f"{run.elapsed / 60:.1f}", refresh=False)
-        if writes and run.step % config.save_every == 0:
+        if run.step % config.save_every == 0:
             run.save(last)
-        if writes and run.step % config.sample_every == 0:
+        if run.step % config.sample_every == 0:
             run.show(out / f"samples-{run.step:06d}.png")
         now = time.perf_counter()
         usual = now - mark if now - mark < _PAUSE_SECONDS else usual
@@ -238,10 +254,11 @@ def train(config: TrainConfig) -> Path:
             run.elapsed = share.agreed(run.elapsed)
     bar.close()
     path = (out / config.title).with_name(f"{config.title}.safetensors")
-    if writes:
-        run.save(last)
-        run.objective.finish(run.ema)
-        run.show(out / f"{config.title}.png")
-        path = checkpoints.save(out / config.title, run.ema, run.objective.schedule, run.card())
+    run.save(last)
+    run.show(out / f"{config.title}.png")
+    averages = run.averages()
+    if averages is not None:
+        run.objective.finish(averages)
+        path = checkpoints.save(out / config.title, averages, run.objective.schedule, run.card())
     share.leave()
     return path
