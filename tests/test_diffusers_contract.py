@@ -147,6 +147,22 @@ def test_shapes_and_strides(name: str, x: Tensor) -> None:
     assert_within_budget(got, want, exact, ulps=STEPS)
 
 
+@pytest.mark.parametrize("name", ["DDPMScheduler", "DDPMParallelScheduler"])
+def test_the_last_training_steps_have_the_coefficients_of_diffusers(name: str) -> None:
+    """1 - alphas_cumprod[t] / alphas_cumprod[t - 1] has three digits there, and we keep those."""
+    results = []
+    for module in (drop_ins, diffusers):
+        scheduler, x = getattr(module, name)(), 0.5 * X
+        generator = torch.Generator().manual_seed(0)
+        for t in scheduler.timesteps[-5:]:
+            x = scheduler.step(torch.tanh(x), t, x, generator=generator).prev_sample
+        results.append(x)
+    got, want = results
+    # a handful of roundings a step, of numbers up to the largest
+    bound = 5 * 4 * torch.finfo(want.dtype).eps * float(want.abs().max())
+    assert float((got - want).abs().max()) <= bound
+
+
 @pytest.mark.parametrize(
     "name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler"]
 )
