@@ -25,6 +25,11 @@ from torch.overrides import TorchFunctionMode
 Form = dict[str, float]
 """An affine combination: coefficient by name of a tensor, zeros left out."""
 
+
+class Made(dict[str, float]):
+    """A `Form` that is one tensor, computed anew: the caller may write over that tensor later."""
+
+
 SAMPLE, OUTPUT, VARIANCE, LIMITED = "x", "m", "v", "d"
 NOISE = ("n0", "n1")
 TIMESTEP = object()  # stands for the timestep that the caller handed in
@@ -271,12 +276,13 @@ def trace(
     output = vectors.of(OUTPUT)
     if learned:
         output = torch.cat([output, vectors.of(VARIANCE)], dim=1)
+    sample = vectors.of(SAMPLE)
     with torch.no_grad(), recorder:
         result = step(
             twin,
             output,
             timestep=timestep,
-            sample=vectors.of(SAMPLE),
+            sample=sample,
             return_dict=False,
             **options,
         )
@@ -285,7 +291,8 @@ def trace(
         if value is timestep:
             return TIMESTEP
         if vectors.carries(value):
-            return vectors.form(value, what)
+            form = vectors.form(value, what)
+            return Made(form) if form == {SAMPLE: 1.0} and value is not sample else form
         if isinstance(value, Tensor) and value.dim() > 0:
             raise NotAffine(f"it keeps a tensor of shape {tuple(value.shape)} in {what}")
         return value
