@@ -272,3 +272,20 @@ def test_forms_of_a_timestep(name: str, form: Any) -> None:
     got, want = results
     bound = 4 * STEPS * torch.finfo(want.dtype).eps * float(want.abs().max())
     assert float((got - want).abs().max()) <= bound
+
+
+def test_a_brownian_tree_in_the_dtype_of_the_prediction() -> None:
+    """Of a wider sample than the model's output: its numbers are others in each dtype."""
+    results = []
+    for module in (drop_ins, diffusers):
+        scheduler, x = module.CosineDPMSolverMultistepScheduler(), X.double()
+        scheduler.set_timesteps(STEPS)
+        generator = torch.Generator().manual_seed(0)
+        for t in scheduler.timesteps:
+            x = scheduler.step(torch.tanh(x.float()), t, x, generator=generator).prev_sample
+        results.append(x)
+    got, want = results
+    assert got.dtype == want.dtype
+    # diffusers' tables are float32
+    bound = 4 * STEPS * torch.finfo(torch.float32).eps * float(want.abs().max())
+    assert float((got - want).abs().max()) <= bound

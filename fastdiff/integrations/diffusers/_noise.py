@@ -62,8 +62,10 @@ def brownian_tree(scheduler: Any, generator: Any, sample: Tensor, model_output: 
             several = isinstance(generator, list)
             seed = [g.initial_seed() for g in generator] if several else generator.initial_seed()
         config = scheduler.config
+        # of the predicted clean data, which both go into
+        like = model_output.to(torch.promote_types(sample.dtype, model_output.dtype))
         return cosine.BrownianTreeNoiseSampler(
-            model_output, sigma_min=config.sigma_min, sigma_max=config.sigma_max, seed=seed
+            like, sigma_min=config.sigma_min, sigma_max=config.sigma_max, seed=seed
         )
     sigmas = scheduler.sigmas
     return sde.BrownianTreeNoiseSampler(
