@@ -171,6 +171,25 @@ def test_layouts_and_float64(name):
         assert torch.equal(y, before)
 
 
+@pytest.mark.parametrize(
+    ("name", "config"),
+    # one that keeps the sample beside its noise, two that keep predictions beside it
+    [
+        ("KDPM2AncestralDiscreteScheduler", {}),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+        ("SASolverScheduler", {}),
+    ],
+)
+def test_runs_in_one_memory_order_after_another(name, config):
+    theirs, ours = pair(name, **config)
+    x = start(theirs)
+    turned = x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+    for y in (x, turned, x.contiguous(memory_format=torch.channels_last), x):
+        for scheduler in (theirs, ours):
+            scheduler.set_timesteps(6)
+        same(advance(ours, y), advance(theirs, y))
+
+
 @pytest.mark.parametrize("name", ["DDPMScheduler", "EulerAncestralDiscreteScheduler"])
 def test_generators(name):
     x = start(pair(name)[0])

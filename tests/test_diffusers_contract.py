@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from budget import assert_within_budget
@@ -147,6 +148,22 @@ def test_shapes_and_strides(name: str, x: Tensor) -> None:
     assert_within_budget(got, want, exact, ulps=STEPS)
 
 
+@pytest.mark.parametrize("name", ["DDPMScheduler", "DDPMParallelScheduler"])
+def test_the_last_training_steps_have_the_coefficients_of_diffusers(name: str) -> None:
+    """1 - alphas_cumprod[t] / alphas_cumprod[t - 1] has three digits there, and we keep those."""
+    results = []
+    for module in (drop_ins, diffusers):
+        scheduler, x = getattr(module, name)(), 0.5 * X
+        generator = torch.Generator().manual_seed(0)
+        for t in scheduler.timesteps[-5:]:
+            x = scheduler.step(torch.tanh(x), t, x, generator=generator).prev_sample
+        results.append(x)
+    got, want = results
+    # a handful of roundings a step, of numbers up to the largest
+    bound = 5 * 4 * torch.finfo(want.dtype).eps * float(want.abs().max())
+    assert float((got - want).abs().max()) <= bound
+
+
 @pytest.mark.parametrize(
     "name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler"]
 )
@@ -170,3 +187,105 @@ def test_a_history_that_the_caller_puts_in(name: str) -> None:
     exact = go(in_float64(getattr(diffusers, name)(solver_order=3)), X.double())
     assert_within_budget(got, want, exact, ulps=STEPS)
     assert all(torch.equal(p, b) for p, b in zip(past, before, strict=True))
+
+
+# what is kept: predictions, the sample, derivatives, the first stage of two
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "LMSDiscreteScheduler",
+        "HeunDiscreteScheduler",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("change", ["dtype", "memory order"])
+def test_samples_that_change_in_the_middle_of_a_run(name: str, change: str) -> None:
+    """What was kept lies where tensors like the earlier samples did."""
+    results = []
+    for module in (drop_ins, diffusers):
+        scheduler, x = getattr(module, name)(), X
+        scheduler.set_timesteps(STEPS)
+        for i, t in enumerate(scheduler.timesteps[:6]):
+            scheduler.scale_model_input(x, t)
+            x = scheduler.step(torch.tanh(x), t, x).prev_sample
+            if change == "dtype":
+                x = x.to((torch.float64, torch.float32)[i % 2])
+            else:
+                orders = (torch.channels_last, torch.contiguous_format)
+                x = x.contiguous(memory_format=orders[i % 2])
+        results.append(x)
+    got, want = results
+    assert got.dtype == want.dtype
+    # a few roundings a step on either side
+    bound = 2 * 4 * STEPS * torch.finfo(torch.float32).eps * float(want.abs().max())
+    assert float((got - want).abs().max()) <= bound
+
+
+def test_a_buffer_that_the_caller_writes_over() -> None:
+    """IPNDM's first derivative is the sample itself, in a tensor of its own."""
+    results = []
+    for module in (drop_ins, diffusers):
+        scheduler, x = module.IPNDMScheduler(), X.clone()
+        scheduler.set_timesteps(STEPS)
+        for t in scheduler.timesteps[:4]:
+            x.copy_(scheduler.step(torch.tanh(x), t, x).prev_sample)
+        results.append(x)
+    got, want = results
+    bound = 4 * STEPS * torch.finfo(x.dtype).eps * float(want.abs().max())
+    assert float((got - want).abs().max()) <= bound
+
+
+def test_a_timestep_that_the_step_reads_besides_its_index() -> None:
+    """SASolver asks its tau_func: one scheduler's call must not be another's."""
+    results = []
+    for module in (drop_ins, diffusers):
+        for grid in (slice(0, None, 2), slice(0, 3)):  # others than the index says, then those
+            scheduler, x = module.SASolverScheduler(), X
+            scheduler.set_timesteps(6)
+            torch.manual_seed(0)
+            for t in scheduler.timesteps[grid]:
+                x = scheduler.step(torch.tanh(x), t, x).prev_sample
+            results.append(x)
+    for got, want in zip(results[:2], results[2:], strict=True):
+        bound = 4 * STEPS * torch.finfo(want.dtype).eps * float(want.abs().max())
+        assert float((got - want).abs().max()) <= bound
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    # one that keeps the timestep and reads it, one that looks it up among whole numbers
+    [
+        ("SASolverScheduler", lambda t: t.reshape(1)),
+        ("DPMSolverMultistepScheduler", lambda t: np.float32(t)),
+        ("DPMSolverMultistepScheduler", lambda t: np.int64(t)),
+    ],
+    ids=["one element", "numpy float", "numpy integer"],
+)
+def test_forms_of_a_timestep(name: str, form: Any) -> None:
+    results = []
+    for module in (drop_ins, diffusers):
+        scheduler, x = getattr(module, name)(), X
+        scheduler.set_timesteps(STEPS)
+        torch.manual_seed(0)
+        for t in scheduler.timesteps[:3]:
+            x = scheduler.step(torch.tanh(x), form(t), x).prev_sample
+        results.append(x)
+    got, want = results
+    bound = 4 * STEPS * torch.finfo(want.dtype).eps * float(want.abs().max())
+    assert float((got - want).abs().max()) <= bound
+
+
+def test_a_brownian_tree_in_the_dtype_of_the_prediction() -> None:
+    """Of a wider sample than the model's output: its numbers are others in each dtype."""
+    results = []
+    for module in (drop_ins, diffusers):
+        scheduler, x = module.CosineDPMSolverMultistepScheduler(), X.double()
+        scheduler.set_timesteps(STEPS)
+        generator = torch.Generator().manual_seed(0)
+        for t in scheduler.timesteps:
+            x = scheduler.step(torch.tanh(x.float()), t, x, generator=generator).prev_sample
+        results.append(x)
+    got, want = results
+    assert got.dtype == want.dtype
+    # diffusers' tables are float32
+    bound = 4 * STEPS * torch.finfo(torch.float32).eps * float(want.abs().max())
+    assert float((got - want).abs().max()) <= bound

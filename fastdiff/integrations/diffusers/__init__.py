@@ -71,7 +71,7 @@ _STATE: dict[str, tuple[str, ...]] = {
 # whose step reads the timestep besides its index
 _BY_VALUE = frozenset(
     ("LCMScheduler", "TCDScheduler", "SCMScheduler", "FlowMapEulerDiscreteScheduler",
-     "MiniMaxH3Scheduler")
+     "MiniMaxH3Scheduler", "SASolverScheduler")
 )  # fmt: skip
 # lists that grow without end, and the entries that a step reads
 _TRIMS = {"IPNDMScheduler": (("ets", 3),)}

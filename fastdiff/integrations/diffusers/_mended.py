@@ -221,6 +221,12 @@ def _no_noise(found: Trace) -> None:
     found.draws, found.spans, found.log_variance = 0, [], None
 
 
+def _no_picture(scheduler: Any) -> bool:
+    """Whether a DDPM has no picture of diffusers' to keep: it gives NaN, or the user wants ours."""
+    config = scheduler.config
+    return bool(config.get("corrected", False) or config.get("variance_type") == "fixed_large_log")
+
+
 def _after(scheduler: Any, found: Trace, timestep: Any) -> Trace:
     """A trace without what no change of the scheduler could take out of it."""
     config, name = scheduler.config, scheduler._fd_peer.__name__
@@ -234,8 +240,8 @@ def _after(scheduler: Any, found: Trace, timestep: Any) -> Trace:
         del found.spans[0]
     if any(found.spans) and not any(set(form) & set(NOISE) for form in found.outputs):
         _no_noise(found)  # a noise sampler is a function, nobody misses a query of weight 0
-    noisy = config.get("corrected", False) or config.get("variance_type") == "fixed_large_log"
-    if name in _DDPM and noisy and int(scheduler.previous_timestep(timestep)) < 0:
+    ends = name in _DDPM and int(scheduler.previous_timestep(timestep)) < 0
+    if ends and _no_picture(scheduler):
         _no_noise(found)
     if name == "IPNDMScheduler" and config.get("corrected", False):
         i = scheduler.step_index
@@ -286,12 +292,16 @@ def mended_trace(
         NotAffine: diffusers has to take the step itself.
         Exception: what diffusers raises on such arguments.
     """
-    one = scheduler._fd_peer.__name__ == "UnCLIPScheduler" and scheduler.num_inference_steps == 1
+    name = scheduler._fd_peer.__name__
+    # 1 - alphas_cumprod[t] / alphas_cumprod[t - 1] of a table in float32 has lost its digits in
+    # float64 as well: where there is a picture to keep, it is kept to the last of diffusers' own
+    wide = name not in _DDPM or _no_picture(scheduler)
+    one = name == "UnCLIPScheduler" and scheduler.num_inference_steps == 1
     if one and options.get("prev_timestep") is None:
         options = {**options, "prev_timestep": -1}  # the one step is the last as well
     twin, run = prepared(scheduler, step, timestep)
     try:
-        found = trace(twin, run, state, timestep, options, learned=learned)
+        found = trace(twin, run, state, timestep, options, learned=learned, wide=wide)
     except _FAILURES as error:
         for less in _lower(twin):
             try:

@@ -23,6 +23,7 @@ from fastdiff.integrations.diffusers._trace import (
     SAMPLE,
     TIMESTEP,
     Form,
+    Made,
     NotAffine,
     Trace,
 )
@@ -103,7 +104,7 @@ class Move:
 
 def _single(form: Form) -> str | None:
     """The tensor that a form is, if it is one unchanged."""
-    if len(form) == 1:
+    if len(form) == 1 and not isinstance(form, Made):
         ((name, weight),) = form.items()
         return name if weight == 1.0 else None
     return None

@@ -62,7 +62,9 @@ def brownian_tree(scheduler: Any, generator: Any, sample: Tensor, model_output: 
             several = isinstance(generator, list)
             seed = [g.initial_seed() for g in generator] if several else generator.initial_seed()
         config = scheduler.config
-        return BrownianTreeNoiseSampler(model_output, config.sigma_min, config.sigma_max, seed)
+        # of the predicted clean data, which both go into
+        like = model_output.to(torch.promote_types(sample.dtype, model_output.dtype))
+        return BrownianTreeNoiseSampler(like, config.sigma_min, config.sigma_max, seed)
     sigmas = scheduler.sigmas
     ends = float(sigmas[sigmas > 0].min()), float(sigmas.max())
     return BrownianTreeNoiseSampler(sample, *ends, scheduler.noise_sampler_seed)

@@ -174,7 +174,7 @@ class Runtime:
         views.
         """
         if not isinstance(timestep, Tensor):
-            return timestep
+            return timestep.item() if isinstance(timestep, np.generic) else timestep
         at = timestep.data_ptr() - self.start
         if 0 <= at < self.bytes and timestep.dim() == 0 and timestep.dtype == self.token[1].dtype:
             return self.host[at // self.step]
@@ -191,12 +191,17 @@ class Runtime:
 
     # --- the tensors ------------------------------------------------------------------------
 
-    def fit(self, x: Tensor) -> None:
-        """Make room for tensors like x, if there is none yet."""
-        like = (x.shape, x.dtype, x.device, memory_format(x))
-        if self.like != like:
-            self.like, self.ring, self.buffer = like, None, None
-            self.views, self.slots = [], {}
+    def fit(self, sample: Tensor) -> bool:
+        """Make room for tensors like the sample; whether there was room for others, now gone."""
+        dtype = torch.float32 if sample.dtype.itemsize < 4 else sample.dtype
+        order = memory_format(sample) or torch.contiguous_format
+        like = (sample.shape, dtype, sample.device, order)
+        before = self.like
+        if before == like:
+            return False
+        self.like, self.ring, self.buffer = like, None, None
+        self.views, self.slots = [], {}
+        return before is not None
 
     def history(self, x: Tensor) -> Tensor:
         """The slots of the history, all of them views of one tensor."""

@@ -80,6 +80,10 @@ def fits(move: Move) -> bool:
     )
 
 
+def _usual(t: torch.Tensor, like: torch.Tensor) -> bool:
+    return t.is_contiguous() and t.is_cpu and t.dtype == torch.float32 and t.shape == like.shape
+
+
 def run(scheduler: Any, move: Move, call: Any) -> Any:
     """The outputs of a step, with the state left as diffusers would; None: nothing was done."""
     if call.given:
@@ -98,12 +102,10 @@ def run(scheduler: Any, move: Move, call: Any) -> Any:
             return None
     if quick.noise:
         if not (
-            sample.is_contiguous()
-            and sample.is_cpu
-            and sample.dtype == torch.float32
-            and model_output.is_contiguous()
-            and model_output.shape == sample.shape
-            and not (quick.ringed and (runtime.ring is None or runtime.like[0] != sample.shape))
+            _usual(sample, sample)
+            and _usual(model_output, sample)
+            and (anchor is None or _usual(anchor, sample))
+            and (not quick.ringed or (runtime.views and _usual(runtime.views[0], sample)))
         ):
             return None  # before anything is drawn
         noise = drawn(model_output, generator, torch.float32)

@@ -99,6 +99,9 @@ class DropIn(Draws):
                 if return_dict:
                     return later_output(self._fd_output, (new, *later))
                 return LaterTuple((new, *later)) if later else (new,)
+        if runtime.fit(sample):  # what is kept lies in none of the slots any more
+            seen = signature(values, self._fd_state, runtime)
+            move = plan.moves.get((call.key, seen))
         if move is None:
             move = self._find(plan, call, seen)
         if type(move) is str:
@@ -136,6 +139,8 @@ class DropIn(Draws):
         if model_output.shape != sample.shape:
             model_output, learned = split(self, model_output, sample)
         kind = timestep.dtype if isinstance(timestep, Tensor) else type(timestep)
+        if isinstance(timestep, Tensor) and timestep.dim() and timestep.numel() == 1:
+            timestep = timestep.reshape(())  # kept by some, and then no tensor like the sample
         given: dict[str, Tensor] = {}
         if not named:
             key: tuple[Any, ...] = (place, kind, learned)
@@ -190,7 +195,6 @@ class DropIn(Draws):
         history = anchor = seeds = None
         if not move.plain:
             runtime = self._fastdiff
-            runtime.fit(x)
             tensors = tensors_of(self.__dict__, self._fd_state)
             tensors.update(call.given)
             if move.seeded:

@@ -25,6 +25,11 @@ from torch.overrides import TorchFunctionMode
 Form = dict[str, float]
 """An affine combination: coefficient by name of a tensor, zeros left out."""
 
+
+class Made(dict[str, float]):
+    """A `Form` that is one tensor, computed anew: the caller may write over that tensor later."""
+
+
 SAMPLE, OUTPUT, VARIANCE, LIMITED = "x", "m", "v", "d"
 NOISE = ("n0", "n1")
 TIMESTEP = object()  # stands for the timestep that the caller handed in
@@ -188,8 +193,8 @@ class _Recorder(TorchFunctionMode):
         return func(*args, **named)
 
 
-def _in_float64(scheduler: Any, state: Sequence[str]) -> Any:
-    """A copy of a scheduler on the CPU whose tables are in float64; its lists are its own.
+def _on_the_host(scheduler: Any, state: Sequence[str], wide: bool) -> Any:
+    """A copy of a scheduler on the CPU, its tables in float64 if wide; its lists are its own.
 
     The tensors of its state are left where they are, as unit vectors will stand for them.
     """
@@ -199,7 +204,7 @@ def _in_float64(scheduler: Any, state: Sequence[str]) -> Any:
             continue
         if isinstance(value, Tensor):
             moved = value.detach().cpu()
-            twin.__dict__[name] = moved.double() if value.is_floating_point() else moved
+            twin.__dict__[name] = moved.double() if wide and value.is_floating_point() else moved
         elif type(value) is list:
             twin.__dict__[name] = list(value)
     twin.__dict__["is_scale_input_called"] = True
@@ -214,6 +219,7 @@ def trace(
     options: Mapping[str, Any],
     *,
     learned: bool = False,
+    wide: bool = True,
 ) -> Trace:
     """The map of one call, ``step(scheduler, model_output, timestep, sample, ...)``.
 
@@ -224,6 +230,8 @@ def trace(
         timestep: as the caller would hand it in, on the CPU.
         options: further arguments of `step`; tensors like the sample are named by their argument.
         learned: the model output has a second half of channels, its variance.
+        wide: coefficients are computed in float64; False: in the dtype of the scheduler's tables,
+            as diffusers does.
 
     Returns:
         The trace; tensors of the state are named ``name`` or ``name.i`` for member i of a list.
@@ -234,7 +242,7 @@ def trace(
     """
     if getattr(scheduler, "solver_p", None) is not None:
         raise NotAffine("it steps another scheduler, which keeps a state of its own")
-    twin = _in_float64(scheduler, state)
+    twin = _on_the_host(scheduler, state, wide)
     held: dict[str, tuple[str, int | None]] = {}
     for name in state:
         value = vars(scheduler).get(name)
@@ -268,12 +276,13 @@ def trace(
     output = vectors.of(OUTPUT)
     if learned:
         output = torch.cat([output, vectors.of(VARIANCE)], dim=1)
+    sample = vectors.of(SAMPLE)
     with torch.no_grad(), recorder:
         result = step(
             twin,
             output,
             timestep=timestep,
-            sample=vectors.of(SAMPLE),
+            sample=sample,
             return_dict=False,
             **options,
         )
@@ -282,7 +291,8 @@ def trace(
         if value is timestep:
             return TIMESTEP
         if vectors.carries(value):
-            return vectors.form(value, what)
+            form = vectors.form(value, what)
+            return Made(form) if form == {SAMPLE: 1.0} and value is not sample else form
         if isinstance(value, Tensor) and value.dim() > 0:
             raise NotAffine(f"it keeps a tensor of shape {tuple(value.shape)} in {what}")
         return value
