@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff import _eval_diffusion, checkpoints, data
+from fastdiff import _cards, _eval_diffusion, checkpoints, data
 from fastdiff._eval_diffusion import summary
 from fastdiff._files import written_whole
 from fastdiff._machine import cpu_model
@@ -86,8 +86,9 @@ def run(args: argparse.Namespace) -> int:
     model.requires_grad_(False)
     start = time.perf_counter()
     if schedule is not None:
-        images, labels, facts = _images(args, card["sampling"]["shape"])
-        wanted = bool(card["classes"]) and not args.no_labels
+        _, classes = _cards.advice("eval", card)
+        images, labels, facts = _images(args, _cards.image_shape("eval", card))
+        wanted = bool(classes) and not args.no_labels
         found = _eval_diffusion.evaluate(
             args, model, schedule, card, images, labels if wanted else None, facts
         )
@@ -172,7 +173,7 @@ def _images(
 
 def _vae(args: argparse.Namespace, model: VAE, card: dict[str, Any]) -> dict[str, Any]:
     """ELBO and IWAE bound of test images."""
-    images, _, facts = _images(args, card["sampling"]["shape"])
+    images, _, facts = _images(args, _cards.image_shape("eval", card))
     observe = getattr(model, "observe", None)  # of models that say what their likelihood is of
     binary = model.likelihood == "bernoulli"
     if observe is not None:
@@ -218,7 +219,17 @@ def _flow(args: argparse.Namespace, model: RealNVP) -> dict[str, Any]:
     path = Path(args.data)
     if path.suffix != ".npy" or not path.is_file():
         raise FileNotFoundError(f"eval: data must be a .npy file of points for a flow, got {path}")
-    points = np.load(path, allow_pickle=False)
+    try:
+        # mapped: a header may declare more than the file has, and nothing is taken for it
+        points = np.load(path, mmap_mode="r", allow_pickle=False)
+    # what damaged bytes raise has no common type
+    except Exception as error:
+        raise ValueError(
+            f"eval: data must be a whole .npy file, got {path} ({type(error).__name__}: {error})"
+        ) from error
+    if not isinstance(points, np.ndarray):
+        raise ValueError(f"eval: data must hold one array, got an archive in {path}")
+    points = np.array(points)
     if points.ndim != 2 or points.shape[1] != model.dim or points.dtype.kind != "f":
         raise ValueError(
             f"eval: data must be floating-point (N, {model.dim}), got {points.dtype} {points.shape}"

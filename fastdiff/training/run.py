@@ -21,6 +21,7 @@ from tqdm import tqdm
 from fastdiff import checkpoints, data
 from fastdiff._files import written_whole
 from fastdiff._machine import cpu_model
+from fastdiff.training import saved
 from fastdiff.training.config import TrainConfig, progress_of
 from fastdiff.training.diffusion import Diffusion
 from fastdiff.training.latent import AutoencoderTraining, LatentDiffusionTraining
@@ -138,23 +139,22 @@ class Run:
                 raise OSError(f"train: {path} must have room on its disk, got {reason}") from error
 
     def load(self, path: Path) -> None:
-        """Continue from a checkpoint that `save` wrote."""
+        """Continue from a checkpoint that `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is none. ValueError: it is damaged, or another model's; the run
+            is then as it was.
+        """
         if not path.is_file():
             raise FileNotFoundError(
                 f"train: out must hold {path.name} to resume, got {path.parent}"
             )
-        state = torch.load(path, weights_only=True, map_location=self.config.device)
-        # checkpoints from before there were other models do not name theirs
-        model = state["config"].get("model", "unet")
-        if model != self.config.model:
-            raise ValueError(
-                f"train: model must be that of {path.name}, {model}, got {self.config.model}"
-            )
-        self.model.load_state_dict(state["model"])
-        self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.elapsed = state["step"], state["elapsed"]
-        self.losses = state["losses"].tolist()
+        config = self.config
+        found = saved.read(path, config.model, self.model, self.optimizer, config.device)
+        self.model.load_state_dict(found.model)
+        self.ema.load_state_dict(found.ema)
+        self.optimizer.load_state_dict(found.optimizer)
+        self.step, self.elapsed, self.losses = found.step, found.elapsed, found.losses
 
     def show(self, path: Path, rows: int = 8) -> None:
         """Write a grid of what the averaged weights make."""
