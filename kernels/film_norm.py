@@ -206,11 +206,12 @@ def merge_kernel(
 ):
     """Mean (in two parts) and 1 / sqrt(variance + eps) of one group, merged in float64."""
     program = tl.program_id(0)
+    if WIDE:
+        program = program.to(tl.int64)
+        groups = groups.to(tl.int64)
     sample = program // groups
-    channels = groups.to(tl.int64) * width if WIDE else groups * width
-    base = partial + sample.to(tl.int64) * chunks * (3 * channels)
-    base += (program % groups).to(tl.int64) * width
-    moments += program.to(tl.int64) * 3
+    channels = groups * width
+    base = partial + sample.to(tl.int64) * chunks * (3 * channels) + (program % groups) * width
     origin = tl.load(base).to(tl.float64)
     s1 = tl.zeros((BLOCK_K, BLOCK_C), tl.float64)
     s2 = tl.zeros((BLOCK_K, BLOCK_C), tl.float64)
@@ -234,9 +235,9 @@ def merge_kernel(
     # a NaN must stay one, so no maximum: a rounded variance below 0 is one of nearly equal numbers
     variance = tl.sum(s2) / total - off * off
     variance = tl.where(variance < 0.0, 0.0, variance).to(tl.float32)
-    tl.store(moments, high)
-    tl.store(moments + 1, (mean - high.to(tl.float64)).to(tl.float32))
-    tl.store(moments + 2, tl.div_rn(1.0, tl.sqrt_rn(variance + eps)))
+    tl.store(moments + 3 * program, high)
+    tl.store(moments + 3 * program + 1, (mean - high.to(tl.float64)).to(tl.float32))
+    tl.store(moments + 3 * program + 2, tl.div_rn(1.0, tl.sqrt_rn(variance + eps)))
 
 
 # --- application ----------------------------------------------------------------------------
@@ -365,7 +366,7 @@ def film_norm(call: FilmNorm) -> None:
                 how.tiles * how.BLOCK_P,
                 how.chunks,
                 call.eps,
-                WIDE=how.WIDE,
+                WIDE=how.WIDE or 3 * n * call.groups >= 2**31,
                 BLOCK_K=block_k,
                 BLOCK_C=block_c,
                 num_warps=max(1, min(WARPS, block_c * block_k // 64)),
