@@ -338,7 +338,7 @@ CARDS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no prediction": (_set("prediction", ...), "prediction of the card must be a word"),
     "prediction a number": (_set("prediction", 3), "prediction of the card must be a word"),
     "no shape": (_set("sampling", "shape", ...), "shape of the card must be three sizes"),
-    "a huge shape": (_set("sampling", "shape", [1, 2**20, 2**20]), "shape of the card must be three"),
+    "a huge shape": (_set("sampling", "shape", [1, 2**20, 2**20]), "shape of the card must be"),
     "guidance of words": (_set("sampling", "guidance", "1"), "guidance of the card must be"),
     "guidance infinite": (_set("sampling", "guidance", -math.inf), "guidance of the card must be"),
     "guidance beyond floats": (_set("sampling", "guidance", 10**400), "guidance of the card must"),
