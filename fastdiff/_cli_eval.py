@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastdiff import _eval_data, _eval_diffusion, _eval_latent, _ranks, checkpoints, data
+from fastdiff import _cards, _eval_data, _eval_diffusion, _eval_latent, _ranks, checkpoints, data
 from fastdiff._eval_data import Scored
 from fastdiff._eval_diffusion import summary
 from fastdiff._files import make_folder, written_whole
@@ -96,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
     model, schedule, card = checkpoints.load(args.checkpoint, device=args.device)
     model.requires_grad_(False)
     start = time.perf_counter()
+    if schedule is not None:
+        _cards.advice("eval", card)
     if isinstance(model, LatentDiffusion):
         shape = _eval_latent.image_shape(model.autoencoder, model.latent_shape[-1])
         scored = _images(args, shape)
@@ -105,10 +107,10 @@ def run(args: argparse.Namespace) -> int:
         found = _eval_diffusion.evaluate(args, model, schedule, card, scored)
         found = {**found, "kind": "latent diffusion", "reconstruction": near}
     elif schedule is not None:
-        scored = _images(args, card["sampling"]["shape"])
+        scored = _images(args, _cards.image_shape("eval", card))
         found = _eval_diffusion.evaluate(args, model, schedule, card, scored)
     elif isinstance(model, Autoencoder):
-        scored = _images(args, card["sampling"]["shape"])
+        scored = _images(args, _cards.image_shape("eval", card))
         near, _ = _eval_latent.reconstruction(args, model, scored)
         found = {"kind": "autoencoder", "data": scored.facts, "reconstruction": near}
     elif isinstance(model, VAE):
@@ -172,7 +174,7 @@ def _images(args: argparse.Namespace, shape: list[int]) -> Scored:
 
 def _vae(args: argparse.Namespace, model: VAE, card: dict[str, Any]) -> dict[str, Any]:
     """ELBO, the KL divergence in it, and IWAE bound of test images."""
-    scored = _images(args, card["sampling"]["shape"])
+    scored = _images(args, _cards.image_shape("eval", card))
     images = scored.images
     observe = getattr(model, "observe", None)  # of models that say what their likelihood is of
     binary = model.likelihood == "bernoulli"
@@ -224,9 +226,16 @@ def _flow(args: argparse.Namespace, model: RealNVP) -> dict[str, Any]:
         rule = "data must be a .npy file of points for a flow"
         raise FileNotFoundError(f"eval: {rule}, got {args.data}")
     try:
-        points = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:  # numpy takes what it does not know for a pickle
-        raise ValueError(f"eval: data must be a .npy file of numbers, got {path}") from error
+        # mapped: a header may declare more than the file has, and nothing is taken for it
+        points = np.load(path, mmap_mode="r", allow_pickle=False)
+    # what damaged bytes raise has no common type
+    except Exception as error:
+        raise ValueError(
+            f"eval: data must be a whole .npy file, got {path} ({type(error).__name__}: {error})"
+        ) from error
+    if not isinstance(points, np.ndarray):
+        raise ValueError(f"eval: data must hold one array, got an archive in {path}")
+    points = np.array(points)
     if points.ndim != 2 or points.shape[1] != model.dim or points.dtype.kind != "f":
         raise ValueError(
             f"eval: data must be floating-point (N, {model.dim}), got {points.dtype} {points.shape}"

@@ -22,6 +22,7 @@ from fastdiff import _ranks, backends
 from fastdiff._cli_sample import BATCH, Job, labels_of, load_job, parse_seeds, report
 from fastdiff._files import make_folder, written_whole
 from fastdiff.data import save_image
+from fastdiff.formats.files import read_json
 from fastdiff.ops.noise import as_seeds
 from fastdiff.version import __version__
 
@@ -179,9 +180,8 @@ def check_manifest(path: Path, described: dict[str, Any], files: bool) -> None:
             )
         return
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        found = dict(found)
-    except (ValueError, TypeError) as error:
+        found = read_json(path)
+    except ValueError as error:
         raise ValueError(
             f"sample: resume must find a {path.name} as sample wrote it, got {path} ({error})"
         ) from error

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import ast
-import math
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff import _ranks, backends, checkpoints, ops, schedules, solvers
+from fastdiff import _cards, _ranks, backends, checkpoints, ops, schedules, solvers
 from fastdiff._files import written_whole
 from fastdiff.data import save_grid
 from fastdiff.data.pictures import picture_format
@@ -30,7 +29,6 @@ from fastdiff.table import StepTable
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BATCH = 64
 MOST_SEEDS = 1_000_000
-MOST_ELEMENTS = 1 << 26  # of one sample: a card may say anything
 _RANGE = re.compile(r"([0-9]{1,20})(?:-([0-9]{1,20}))?")  # 2**64 has 20 digits
 
 
@@ -225,7 +223,7 @@ def load_job(args: argparse.Namespace) -> Job:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if schedule is None:
         raise ValueError(f"sample: model must have a noise schedule, got {args.model} without one")
-    sampling, classes = _advice(card)
+    sampling, classes = _cards.advice("sample", card, needed=("guidance",))
     if not classes and args.label is not None:
         raise ValueError(f"sample: label must not be given, {args.model} has no classes")
     table = solvers.build(
@@ -242,35 +240,6 @@ def load_job(args: argparse.Namespace) -> Job:
     labels = parse_labels(args.label, classes) if classes else [None]
     decode = model.decode if isinstance(model, LatentDiffusion) else None
     return Job(sampler, table, sampling["shape"], labels, guidance, dtype, decode)
-
-
-def _advice(card: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """How the card says to sample, and its classes.
-
-    Raises:
-        ValueError: it does not, or not in the words of `checkpoints.save`.
-    """
-
-    def require(ok: bool, name: str, rule: str, got: object) -> None:
-        if not ok:
-            raise ValueError(f"sample: {name} of the card must {rule}, got {got!r}")
-
-    sampling, classes = card.get("sampling"), card.get("classes")
-    named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
-    require(named, "classes", "be a list of names", classes)
-    require(isinstance(card.get("prediction"), str), "prediction", "be a word", None)
-    require(isinstance(sampling, dict), "sampling", "be an object", sampling)
-    assert isinstance(sampling, dict) and isinstance(classes, list)  # as required
-    shape: Any = sampling.get("shape")
-    sized = isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape)
-    sized = sized and len(shape) == 3 and math.prod(shape) <= MOST_ELEMENTS
-    require(sized, "shape", f"be three sizes of at most {MOST_ELEMENTS} elements", shape)
-    for name, least in (("guidance", -math.inf), ("clip", 0.0)):
-        value: Any = sampling.get(name)
-        number = type(value) in (int, float) and least <= value < math.inf
-        absent = value is None and name == "clip"
-        require(number or absent, name, "be a finite number", value)
-    return sampling, classes
 
 
 def _picture(args: argparse.Namespace) -> int:

@@ -201,11 +201,13 @@ def pixel_tile(
     """
     BLOCK_Q: tl.constexpr = BLOCK // (4 * BLOCK_C)
     across = tl.cdiv(channels, BLOCK_C)
-    q = (tile // across) * BLOCK_Q + tl.arange(0, BLOCK_Q)[:, None]
-    c = (tile % across) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    if WIDE:
-        q = q.to(tl.int64)
-        c = c.to(tl.int64)
+    down = tile // across
+    side = tile % across
+    if WIDE:  # before the products: lanes beyond the last channel must not come round
+        down = down.to(tl.int64)
+        side = side.to(tl.int64)
+    q = down * BLOCK_Q + tl.arange(0, BLOCK_Q)[:, None]
+    c = side * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     first = c * pixels
     block = (first >> 2) + q
     # every logical index is below 2^31 where the tile is not wide, so the product cannot reach

@@ -68,7 +68,8 @@ def plan(n: int, c: int, pixels: int, last: bool) -> Tiles:
         block_c = min(triton.next_power_of_2(c), _BLOCK // block_p)
     across, down = -(-c // block_c), -(-pixels // block_p)
     tiles = max(1, min(n * across * down // _PROGRAMS, _MAX_TILES, down))
-    wide = c * pixels > 2**31 - 2**21  # room for the masked part of the last tile in 32 bits
+    # room for the masked part of the last tile in 32 bits; a chunk has three sums a channel
+    wide = c * max(pixels, 3) > 2**31 - 2**21
     chunks = -(-down // tiles)
     packs = gcd(c, 16), gcd(pixels, 16)
     return Tiles(across, tiles, chunks, last, wide, *packs, block_c, block_p)
@@ -87,8 +88,15 @@ def _place(across, chunks):
 
 
 @triton.jit
-def _pixels(packs, WIDE: tl.constexpr, PACK_P: tl.constexpr):
-    return packs.to(tl.int64) * PACK_P if WIDE else packs * PACK_P
+def _whole(packs, WIDE: tl.constexpr, PACK: tl.constexpr):
+    """The number of channels, or of pixels, that are so many packs."""
+    return packs.to(tl.int64) * PACK if WIDE else packs * PACK
+
+
+@triton.jit
+def _channels_of(block, WIDE: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The channels of a tile."""
+    return (block.to(tl.int64) if WIDE else block) * BLOCK_C + tl.arange(0, BLOCK_C)
 
 
 @triton.jit
@@ -117,12 +125,10 @@ def _tile(
     BLOCK_P: tl.constexpr,
 ):
     """Offsets and mask of the tile that starts at pixel `first`."""
-    channels = channel_packs * PACK_C
-    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    channels = _whole(channel_packs, WIDE, PACK_C)
+    c = _channels_of(block, WIDE, BLOCK_C)
     p = first + tl.arange(0, BLOCK_P)
-    pixels = _pixels(pixel_packs, WIDE, PACK_P)
-    if WIDE:
-        c = c.to(tl.int64)
+    pixels = _whole(pixel_packs, WIDE, PACK_P)
     if LAST:
         offset = p[:, None] * channels + c[None, :]
         mask = (p < pixels)[:, None] & (c < channels)[None, :]
@@ -153,8 +159,8 @@ def statistics_kernel(
 ):
     """Of each channel of a chunk of pixels: the pivot, and the sums of x - pivot and its square."""
     sample, chunk, block = _place(across, chunks)
-    channels = channel_packs * PACK_C
-    pixels = _pixels(pixel_packs, WIDE, PACK_P)
+    channels = _whole(channel_packs, WIDE, PACK_C)
+    pixels = _whole(pixel_packs, WIDE, PACK_P)
     size = channels.to(tl.int64) * pixels
     begin = _begin(chunk, tiles, WIDE, BLOCK_P)
     x += sample.to(tl.int64) * size
@@ -176,7 +182,7 @@ def statistics_kernel(
         d = tl.where(mask, load_float(x + offset, mask) - _spread(pivot, LAST), 0.0)
         first += d
         second += d * d
-    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = _channels_of(block, WIDE, BLOCK_C)
     at = partial + (sample * chunks + chunk).to(tl.int64) * (3 * channels) + c
     inside = c < channels
     tl.store(at, pivot, mask=inside)
@@ -194,11 +200,15 @@ def merge_kernel(
     chunk_pixels,
     chunks,
     eps,
+    WIDE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Mean (in two parts) and 1 / sqrt(variance + eps) of one group, merged in float64."""
     program = tl.program_id(0)
+    if WIDE:
+        program = program.to(tl.int64)
+        groups = groups.to(tl.int64)
     sample = program // groups
     channels = groups * width
     base = partial + sample.to(tl.int64) * chunks * (3 * channels) + (program % groups) * width
@@ -278,8 +288,8 @@ def apply_kernel(
 ):
     sample, chunk, block = _place(across, chunks)
     sample = sample.to(tl.int64)
-    channels = channel_packs * PACK_C
-    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    channels = _whole(channel_packs, WIDE, PACK_C)
+    c = _channels_of(block, WIDE, BLOCK_C)
     inside = c < channels
     high = tl.zeros((BLOCK_C,), tl.float32)
     low = high
@@ -303,7 +313,7 @@ def apply_kernel(
     if shift is not None:
         b += load_float(shift + sample * shift_stride + c, inside)
     b -= low * a
-    start = sample * (channels.to(tl.int64) * _pixels(pixel_packs, WIDE, PACK_P))
+    start = sample * (channels.to(tl.int64) * _whole(pixel_packs, WIDE, PACK_P))
     begin = _begin(chunk, tiles, WIDE, BLOCK_P)
     for i in range(tiles):
         offset, mask = _tile(
@@ -356,6 +366,7 @@ def film_norm(call: FilmNorm) -> None:
                 how.tiles * how.BLOCK_P,
                 how.chunks,
                 call.eps,
+                WIDE=how.WIDE or 3 * n * call.groups >= 2**31,
                 BLOCK_K=block_k,
                 BLOCK_C=block_c,
                 num_warps=max(1, min(WARPS, block_c * block_k // 64)),

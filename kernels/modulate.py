@@ -16,6 +16,7 @@ from fastdiff.reference.modulate import NORMS
 
 _TILE = 1024  # elements of a program with several tokens
 _WIDEST = 8192  # channels that a program keeps
+_NARROW = 2**31 - 2 * _WIDEST  # channels, with those of a tile behind them, that 32 bits number
 
 
 @triton.jit
@@ -55,10 +56,13 @@ def modulate_kernel(
     total,
     NORM: tl.constexpr,
     WHOLE: tl.constexpr,
+    WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """NORM: position in NORMS; WHOLE: a token is one tile of ROWS by BLOCK elements."""
+    if WIDE:
+        channels = channels.to(tl.int64)  # and with it what runs up to them
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     there = row < rows
     sample = row // length
@@ -156,6 +160,7 @@ def modulate(call: Modulate) -> None:
             call.total,
             NORM=NORMS.index(call.norm),
             WHOLE=channels <= block,
+            WIDE=channels > _NARROW,
             ROWS=together,
             BLOCK=block,
             num_warps=4 if block <= 2048 else 8,

@@ -32,9 +32,9 @@ _MAP_FIXED, _MAP_NORESERVE, _MAP_POPULATE = 0x10, 0x4000, 0x8000
 
 
 class Repeated:
-    """``SIZE`` elements of which number i and number i + PERIOD are the same memory."""
+    """``size`` elements of which number i and number i + PERIOD are the same memory."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, size: int = SIZE) -> None:
         width = dtype.itemsize
         libc = ctypes.CDLL(None, use_errno=True)
         libc.mmap.restype = ctypes.c_void_p
@@ -43,7 +43,7 @@ class Repeated:
             ctypes.c_long,
         ]  # fmt: skip
         libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-        period, total = PERIOD * width, SIZE * width
+        period, total = PERIOD * width, size * width
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         base = libc.mmap(None, total, 0, private, -1, 0)
         if base in (None, ctypes.c_void_p(-1).value):
@@ -60,7 +60,7 @@ class Repeated:
         self._unmap = lambda: libc.munmap(base, total)
         kind = {4: np.float32, 2: np.int16}[width]
         pointer = ctypes.cast(base, ctypes.POINTER(np.ctypeslib.as_ctypes_type(kind)))
-        flat = torch.from_numpy(np.ctypeslib.as_array(pointer, (SIZE,)))
+        flat = torch.from_numpy(np.ctypeslib.as_array(pointer, (size,)))
         self.tensor = flat if width == 4 else flat.view(dtype)
 
     def __enter__(self) -> torch.Tensor:

@@ -25,15 +25,16 @@ CASES: dict[str, Callable[[], None]] = {
 
 
 def longer_than_a_tile() -> None:
-    before = kernel._WIDEST
+    before = kernel._WIDEST, kernel._NARROW
     kernel._WIDEST = 64
     try:
-        for name in BACKEND_CASES:
-            if "100" in name:
-                CASES[name]()
-        constant_tokens()
+        for kernel._NARROW in (before[1], 0):  # channels counted in 32 bits, and in 64
+            for name in BACKEND_CASES:
+                if "100" in name:
+                    CASES[name]()
+            constant_tokens()
     finally:
-        kernel._WIDEST = before
+        kernel._WIDEST, kernel._NARROW = before
 
 
 def constant_tokens() -> None:

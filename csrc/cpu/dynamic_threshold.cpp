@@ -20,6 +20,7 @@ constexpr int kUpper = 19, kMiddle = 7;  // bits below the first and the second 
 constexpr int kBuckets = 4096;
 constexpr int kCopies = 4;  // neighbours tend to one bucket: they count in different copies
 constexpr int64_t kMostParts = 64;
+constexpr int64_t kCounted = int64_t{1} << 31;  // elements of a part, whose counts have 32 bits
 
 struct Counts {
   uint32_t bucket[kCopies][kBuckets];
@@ -59,9 +60,9 @@ inline void gather(const uint32_t* x, int64_t n, uint32_t digit, uint32_t* to, i
 
 // The element of rank `rank` among n, which have the same bits from `shift + kBits` on; they come
 // back as those that share the next digit.
-template <int kShift, int kBits>
-inline uint32_t digit_of(uint32_t* x, int64_t& n, int64_t& rank) {
-  uint32_t counts[1 << kBits] = {};
+template <int kShift, int kBits, class Count>
+inline uint32_t digit_by(uint32_t* x, int64_t& n, int64_t& rank) {
+  Count counts[1 << kBits] = {};
   constexpr uint32_t kMask = (1u << kBits) - 1;
   for (int64_t i = 0; i < n; ++i) ++counts[x[i] >> kShift & kMask];
   uint32_t digit = 0;
@@ -74,6 +75,12 @@ inline uint32_t digit_of(uint32_t* x, int64_t& n, int64_t& rank) {
   }
   n = kept;
   return digit << kShift;
+}
+
+template <int kShift, int kBits>
+inline uint32_t digit_of(uint32_t* x, int64_t& n, int64_t& rank) {
+  return n < kCounted ? digit_by<kShift, kBits, uint32_t>(x, n, rank)
+                      : digit_by<kShift, kBits, int64_t>(x, n, rank);
 }
 
 // What all threads work on: the slices of one sample and what was counted in them.
@@ -138,7 +145,8 @@ void order_statistics(const Sample& sample, int64_t rank, float* found) {
 }  // namespace
 
 void dynamic_threshold(const FdThresholdArgs& a) {
-  const int64_t parts = most(1, least(least(max_threads(), kMostParts), a.size / 65536));
+  const int64_t wanted = most(least(max_threads(), a.size / 65536), a.size / kCounted + 1);
+  const int64_t parts = least(wanted, kMostParts);
   Counts* counts = scratch<Counts>(static_cast<size_t>(parts));
   for (int64_t i = 0; i < a.samples; ++i) {
     const float* x = a.x + i * a.size;

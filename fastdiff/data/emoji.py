@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from fastdiff.data._dataset import Dataset
 
@@ -93,7 +93,8 @@ def _on_white(sheet: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
     try:
         with Image.open(sheet) as file:
             over = file.convert("RGBA")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    # what damaged pictures raise has no common type
+    except Exception as error:
         raise ValueError(f"data: {sheet} must be a picture, got one unread ({error})") from error
     ground = Image.new("RGBA", over.size, "white")
     ground.alpha_composite(over)
@@ -111,7 +112,11 @@ def _places(table: Path) -> Iterator[tuple[str, int, int]]:
                 raise ValueError(f"data: {table} must {rule}")
             for image in (entry, *entry.get("skin_variations", {}).values()):
                 yield category, _number(image, "sheet_x"), _number(image, "sheet_y")
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    # a RecursionError is brackets within brackets
+    except (
+        json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError,
+        RecursionError,
+    ) as error:  # fmt: skip
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"data: {table} must be as the package has it, got {reason}") from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ DEFAULT_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 LABELS = (
     "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot",
 )  # fmt: skip
+_MOST_BYTES = 1 << 30  # of an unpacked file; the largest of Fashion-MNIST has 47 million
 
 
 def read_idx(path: str | Path) -> Tensor:
@@ -32,10 +34,17 @@ def read_idx(path: str | Path) -> Tensor:
         uint8, with the shape the file's header gives.
 
     Raises:
-        ValueError: the header is not that of an IDX file of bytes, or the length contradicts it.
+        ValueError: the file is not whole, the header is not that of an IDX file of bytes, or the
+            length contradicts it.
     """
     path = Path(path)
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            raw = file.read(_MOST_BYTES + 1)  # a few packed bytes may hold any number
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"data: {path} must be a whole .gz file, got {error}") from error
+    if len(raw) > _MOST_BYTES:
+        raise ValueError(f"data: {path} must hold at most {_MOST_BYTES} bytes, got more")
     if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
         raise ValueError(f"data: {path} must be an IDX file of uint8, got header {raw[:4].hex()}")
     rank = raw[3]

@@ -12,7 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-__all__ = ["STEM", "find_weights", "read_json", "read_shards", "read_weights", "shards_of"]
+__all__ = [
+    "STEM", "find_weights", "read_json", "read_pickled", "read_shards", "read_weights",
+    "require_dense", "shards_of",
+]  # fmt: skip
 
 STEM = "diffusion_pytorch_model"  # of the files of diffusers
 _MOST_JSON = 1 << 25  # bytes: the index of a model of 100,000 tensors has a third of it
@@ -39,26 +42,48 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             ) from error
     if path.suffix not in _PICKLED:
         raise ValueError(f"load: path must end in .safetensors, .pt or .bin, got {path}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    # what damaged bytes raise has no common type
-    except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(
-            f"load: path must be a whole {path.suffix} file of plain tensors, got {path} ({reason})"
-        ) from error
+    state = read_pickled("load", path)
     if not isinstance(state, dict) or not all(
         isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
     ):
         raise ValueError(f"load: path must hold a dict of tensors, got {path}")
     for name, value in state.items():
-        # a stride of 0 makes a terabyte of a few bytes, and a sparse tensor is a list of places
-        if value.layout != torch.strided or value.nbytes > value.untyped_storage().nbytes():
-            raise ValueError(
-                f"load: {name} must be a dense tensor of its own memory, got {value.layout} "
-                f"{tuple(value.shape)} in {path}"
-            )
+        require_dense("load", name, value, path)
     return state
+
+
+def read_pickled(where: str, path: Path, device: str | torch.device = "cpu") -> Any:
+    """What `torch.save` wrote: tensors in containers of Python, without pickle's code.
+
+    Args:
+        where: the first word of an error.
+
+    Raises:
+        ValueError: the file is not whole, or holds more than that.
+    """
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    # what damaged bytes raise has no common type
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(
+            f"{where}: path must be a whole {path.suffix} file of plain tensors, got {path} "
+            f"({reason})"
+        ) from error
+
+
+def require_dense(where: str, name: str, value: Tensor, path: Path) -> None:
+    """Refuse a stride of 0, which makes a terabyte of a few bytes, and a sparse tensor, which is a
+    list of places.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if value.layout != torch.strided or value.nbytes > value.untyped_storage().nbytes():
+        raise ValueError(
+            f"{where}: {name} must be a dense tensor of its own memory, got {value.layout} "
+            f"{tuple(value.shape)} in {path}"
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdiff import checkpoints
+from fastdiff import _cards, checkpoints
 from fastdiff._state import Model, first_parameter
 from fastdiff.sampler import Sampler
 from fastdiff.schedules import Schedule
@@ -168,14 +168,14 @@ class Engine:
             raise ValueError(f"Engine: model must have a noise schedule, got {name} without one")
         if torch.device(device).type == "cpu":
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        own = card["sampling"]
+        own, classes = _cards.advice("Engine", card)
         defaults = {key: own[key] for key in ("solver", "steps", "guidance", "clip") if key in own}
-        null = {"label": torch.tensor(-1)} if card["classes"] else {}
+        null = {"label": torch.tensor(-1)} if classes else {}
         if not null:
             defaults.pop("guidance", None)
         return cls(
             model, schedule, own["shape"], prediction=card["prediction"], null=null,
-            **{"defaults": defaults, "classes": card["classes"], **options},
+            **{"defaults": defaults, "classes": classes, **options},
         )  # fmt: skip
 
     def plan(self, **fields: Any) -> Plan:

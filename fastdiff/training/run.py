@@ -21,7 +21,7 @@ from tqdm import tqdm
 from fastdiff import checkpoints, data
 from fastdiff._files import make_folder, written_whole
 from fastdiff._machine import cpu_model
-from fastdiff.training import shards
+from fastdiff.training import saved, shards
 from fastdiff.training.config import TrainConfig, progress_of
 from fastdiff.training.diffusion import Diffusion
 from fastdiff.training.latent import AutoencoderTraining, LatentDiffusionTraining
@@ -138,33 +138,30 @@ class Run:
                 raise OSError(f"train: {path} must have room on its disk, got {reason}") from error
 
     def load(self, path: Path) -> None:
-        """Continue from a checkpoint that `save` wrote."""
+        """Continue from a checkpoint that `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is none. ValueError: it is damaged, or another model's; the run
+            is then as it was.
+        """
         if not path.is_file():
             raise FileNotFoundError(
                 f"train: out must hold {path.name} to resume, got {path.parent}"
             )
-        state = torch.load(path, weights_only=True, map_location="cpu")
-        # checkpoints from before there were other models do not name theirs
-        model = state["config"].get("model", "unet")
-        if model != self.config.model:
-            raise ValueError(
-                f"train: model must be that of {path.name}, {model}, got {self.config.model}"
-            )
-        for module, saved in ((self.model, state["model"]), (self.ema, state["ema"])):
+        found = saved.read(path, self.config.model, self.model, self.optimizer, "cpu")
+        for module, weights in ((self.model, found.model), (self.ema, found.ema)):
             own = module.state_dict()
-            module.load_state_dict({
-                name: shards.like(own[name], value) if name in own else value
-                for name, value in saved.items()
-            })  # fmt: skip
+            module.load_state_dict(
+                {name: shards.like(own[name], value) for name, value in weights.items()}
+            )
         # which torch would leave in the memory order of the file, and its fused step reads memory
         # as it lies
-        for i, moments in state["optimizer"]["state"].items():
+        for i, moments in found.optimizer["state"].items():
             for name, value in moments.items():
                 if name != "step":
                     moments[name] = shards.like(self.parameters[i], value)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.elapsed = state["step"], state["elapsed"]
-        self.losses = state["losses"].tolist()
+        self.optimizer.load_state_dict(found.optimizer)
+        self.step, self.elapsed, self.losses = found.step, found.elapsed, found.losses
 
     def show(self, path: Path, rows: int = 8) -> None:
         """Write a grid of what the averaged weights make; the first process does."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
+from pathlib import Path
 
 import torch
 
@@ -15,6 +17,10 @@ def fill(out: torch.Tensor, count: int) -> None:
     _native.extension.noise(seeds.data_ptr(), 0, 0, 1, count, 0, out.data_ptr(), 0)
 
 
+built = Path(os.environ["FASTDIFF_SITE"])
+if not Path(_native.extension.__file__).is_relative_to(built):
+    # without sanitizers of its own, a write by memcpy would be seen all the same
+    sys.exit(f"control: the extension must be that of {built}, got {_native.extension.__file__}")
 out = torch.empty(1_000_000)
 if sys.argv[1] == "address":
     fill(out, len(out) + 1)

@@ -53,7 +53,7 @@ sanitized() {
   UBSAN_OPTIONS=print_stacktrace=1 \
   TSAN_OPTIONS="halt_on_error=1:ignore_noninstrumented_modules=1" \
   OMP_NUM_THREADS="$([ "$kind" = thread ] && echo 1 || echo 3)" \
-  PYTHONPATH="$site:$root/scripts/sanitize" PYTHONDONTWRITEBYTECODE=1 \
+  FASTDIFF_SITE="$site" PYTHONPATH="$site:$root/scripts/sanitize" PYTHONDONTWRITEBYTECODE=1 \
     "${fixed[@]}" "$python" "$@"
 }
 
