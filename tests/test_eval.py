@@ -318,7 +318,7 @@ def test_what_has_no_likelihood_here_is_refused(tiny, folder, tmp_path, monkeypa
     for damaged in (b"", b"hello", (tmp_path / "p.npy").read_bytes()[:100]):
         (tmp_path / "q.npy").write_bytes(damaged)
         assert run("x", "--data", tmp_path / "q.npy") == 2
-        assert "data must be a .npy file of numbers, got" in capsys.readouterr().err
+        assert "data must be a whole .npy file, got" in capsys.readouterr().err
 
 
 def test_an_ode_that_cannot_be_solved_ends_in_a_line(small, folder, monkeypatch, capsys):

@@ -74,14 +74,8 @@ def _gathered(state: Any, keep: bool) -> Any:
 
 
 def like(own: Tensor, value: Tensor) -> Tensor:
-    """A whole tensor as `own` is: this process's part of it, or all; its memory order and device.
-
-    Raises:
-        ValueError: the shapes differ.
-    """
-    if own.shape != value.shape:
-        rule = f"have shape {tuple(own.shape)}"
-        raise ValueError(f"train: weight of the checkpoint must {rule}, got {tuple(value.shape)}")
+    """A whole tensor of its shape as `own` is: this process's part of it, or all; its memory order
+    and device."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if not isinstance(own, DTensor):
