@@ -109,3 +109,12 @@ def test_rows_are_those_of_their_command(name: str) -> None:
         assert not any("compiled" in who for r in rows for who in r["seconds"])
     # a run that writes its rows as it goes changes the checkout itself
     assert len({r["machine"]["commit"].removesuffix("+changes") for r in rows}) == 1
+
+
+def test_memory_of_many_samples_is_that_of_the_result_alone() -> None:
+    (peak,) = {tuple(r["peak_bytes"].items()) for r in TIMED["reparameterize"]
+               if "peak_bytes" in r and r["threads"] == 2}  # fmt: skip
+    found = dict(peak)
+    result = 50 * 4 * 16 * 4 * 64 * 64
+    assert result <= found["fastdiff"] < 1.1 * result
+    assert found["eager"] > 2.5 * found["fastdiff"]  # its noise and their product stand beside it
