@@ -5,10 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import gpu_compile
@@ -17,6 +14,7 @@ import pytest
 import torch
 from bits import assert_same_bits
 from budget import assert_within_budget
+from interpreted import interpreted
 from on_host import COMPILER, Host
 from tables import needs_extension
 
@@ -150,13 +148,7 @@ def test_cuda_source_on_the_host(size: tuple[int, ...], dtype: torch.dtype, tmp_
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_triton_in_the_interpreter() -> None:
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("triton_rescale.py"))],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    assert interpreted("triton_rescale.py") == {"rescale": ""}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

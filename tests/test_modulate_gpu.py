@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from interpreted import interpreted
 from modulate_cases import (
     BACKEND_CASES,
     Case,
@@ -27,7 +23,6 @@ from fastdiff.backends import Implementation, unavailable
 from fastdiff.ops import OPS, _modulate_launches, modulate
 from fastdiff.ops.modulate import prepare
 
-_FILE = Path(__file__).with_name("triton_modulate.py")
 _INTERPRETED = (*BACKEND_CASES, "longer than a tile", "constant tokens")
 CPU = torch.device("cpu")
 
@@ -36,23 +31,15 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def interpreted() -> dict[str, str]:
+def errors() -> dict[str, str]:
     """Errors by name of the cases, all run in one process with the interpreter on."""
     pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, str(_FILE)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return {line["case"]: line["error"] for line in lines}
+    return interpreted("triton_modulate.py")
 
 
 @pytest.mark.parametrize("name", _INTERPRETED)
-def test_in_the_interpreter(interpreted: dict[str, str], name: str) -> None:
-    assert interpreted[name] == "", interpreted[name]
+def test_in_the_interpreter(errors: dict[str, str], name: str) -> None:
+    assert errors[name] == "", errors[name]
 
 
 # --- CUDA C++ on the host ----------------------------------------------------------------------

@@ -6,8 +6,6 @@ import importlib.util
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import gpu_compile
 import pytest
 from gpu_cases import EXACT, STORES_BF16
 from gpu_compile import TABLE, TRITON_ARCHS
+from interpreted import interpreted
 
 pytestmark = [
     pytest.mark.skipif(
@@ -52,22 +51,14 @@ _FILE = Path(__file__).with_name("triton_cases.py")
 
 
 @pytest.fixture(scope="module")
-def interpreted(request: pytest.FixtureRequest) -> dict[str, str]:
+def errors(request: pytest.FixtureRequest) -> dict[str, str]:
     """Errors by name of the selected cases, all run in one process with the interpreter on."""
     wanted = [
         item.callspec.params["name"]
         for item in request.session.items
-        if item.path == request.path and "interpreted" in getattr(item, "fixturenames", ())
+        if item.path == request.path and "errors" in getattr(item, "fixturenames", ())
     ]
-    done = subprocess.run(
-        [sys.executable, str(_FILE), *wanted],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return {line["case"]: line["error"] for line in lines}
+    return interpreted(_FILE.name, *wanted)
 
 
 def test_cases_are_all_listed() -> None:
@@ -76,8 +67,8 @@ def test_cases_are_all_listed() -> None:
 
 
 @pytest.mark.parametrize("name", INTERPRETED)
-def test_bits_in_the_interpreter(interpreted: dict[str, str], name: str) -> None:
-    assert interpreted[name] == "", interpreted[name]
+def test_bits_in_the_interpreter(errors: dict[str, str], name: str) -> None:
+    assert errors[name] == "", errors[name]
 
 
 # --- compiled for devices that are not here ---------------------------------------------------

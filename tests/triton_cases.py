@@ -8,10 +8,6 @@ kernel of the process, so test_triton.py runs this file in a process of its own.
 
 from __future__ import annotations
 
-import json
-import sys
-import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,6 +28,7 @@ from fastdiff.kernels import film_norm as film_module
 from fastdiff.kernels import noise as noise_module
 from fastdiff.kernels import reparameterize as vae_module
 from fastdiff.kernels import reverse_step as step_module
+from interpreted import report
 from tables import Inputs, random_inputs, random_table, walk
 
 import fastdiff
@@ -367,18 +364,6 @@ def film_norm_through_the_op() -> None:
     assert got.is_contiguous(memory_format=LAST) and empty.shape == (0, 80, 6, 6)
 
 
-def main() -> None:
-    assert _common.INTERPRET.value, "TRITON_INTERPRET=1 must be set"
-    assert fastdiff.backends.unavailable("triton") is None
-    for name in sys.argv[1:] or CASES:
-        start, error = time.perf_counter(), ""
-        try:
-            CASES[name]()
-        except Exception:
-            error = traceback.format_exc()
-        seconds = time.perf_counter() - start
-        print(json.dumps({"case": name, "error": error, "seconds": seconds}), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    assert fastdiff.backends.unavailable("triton") is None
+    report(CASES)

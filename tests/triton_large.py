@@ -9,9 +9,6 @@ touched; of each grid the first program, the one at element 2^31 and the last on
 
 from __future__ import annotations
 
-import json
-import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +26,7 @@ from fastdiff.kernels import modulate as modulate_module
 from fastdiff.kernels import noise as noise_module
 from fastdiff.kernels import reparameterize as vae_module
 from fastdiff.kernels import reverse_step as step_module
+from interpreted import report
 from triton.runtime import interpreter
 
 from fastdiff import use_backend
@@ -291,16 +289,5 @@ def modulate_tokens() -> None:
         assert_within_budget(out[:, token], plain_modulate(t)[0], exact, ulps=1)
 
 
-def main() -> None:
-    assert _common.INTERPRET.value, "TRITON_INTERPRET=1 must be set"
-    for name in sys.argv[1:] or CASES:
-        error = ""
-        try:
-            CASES[name]()
-        except Exception:
-            error = traceback.format_exc()
-        print(json.dumps({"case": name, "error": error}), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    report(CASES)

@@ -5,13 +5,11 @@ TRITON_INTERPRET=1 python tests/triton_modulate.py NAME...
 
 from __future__ import annotations
 
-import json
-import sys
-import traceback
 from collections.abc import Callable
 
 import torch
 from fastdiff.kernels import modulate as kernel
+from interpreted import report
 from modulate_cases import (
     BACKEND_CASES,
     assert_backend_is_right,
@@ -45,15 +43,5 @@ CASES["longer than a tile"] = longer_than_a_tile
 CASES["constant tokens"] = constant_tokens
 
 
-def main() -> None:
-    for name in sys.argv[1:] or CASES:
-        error = ""
-        try:
-            CASES[name]()
-        except Exception:
-            error = traceback.format_exc()
-        print(json.dumps({"case": name, "error": error}), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    report(CASES)

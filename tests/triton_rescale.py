@@ -1,7 +1,4 @@
-"""`guidance_rescale` in Triton's interpreter, on CPU tensors; fails with a traceback.
-
-TRITON_INTERPRET=1 python tests/triton_rescale.py
-"""
+"""`guidance_rescale` in Triton's interpreter, on CPU tensors; see triton_cases.py."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ import torch
 from budget import assert_within_budget
 from fastdiff.kernels import _common
 from fastdiff.kernels import guidance_rescale as kernel
+from interpreted import report
 
 from fastdiff import use_backend
 from fastdiff.ops import guidance_rescale
@@ -18,7 +16,7 @@ from fastdiff.reference.guidance_rescale import guidance_rescale as exact_rescal
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
-def main() -> None:
+def rescale() -> None:
     rng = np.random.default_rng(0)
     weights, phi = torch.tensor([1.0, 7.5, -2.0]), torch.tensor([0.7, 1.0, 0.0])
     make = _common.tiles
@@ -39,4 +37,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    report({"rescale": rescale})
