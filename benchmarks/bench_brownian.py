@@ -134,18 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="only the last so many")
     args = parser.parse_args(argv)
     gate()
-    torch.set_num_threads(2)
-    rows = []
-    for shape in SHAPES[-args.shapes :]:
-        for case, functions in CASES.items():
-            # one warming round: the first calls make the tree, and a peer's call takes seconds
-            stats = measure.interleaved(functions(shape), repeats=args.repeats, warmup=1)
-            (peer,) = set(stats) - {"fastdiff"}
-            target = {peer: ("at least", TARGETS[case])}
-            facts = {"shape": list(shape), "dtype": "float32", "threads": 2}
-            r = measure.row(case, stats, "fastdiff", target, **facts)
-            rows.append(r)
-            measure.show(r)
+    rows = measure.beside_one_peer(CASES, SHAPES[-args.shapes :], TARGETS, args.repeats)
     measure.write_json(args.out, rows, measure.command("bench_brownian", argv))
 
 

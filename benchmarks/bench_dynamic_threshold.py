@@ -21,7 +21,7 @@ from tests.bits import assert_same_bits
 # an image of pixels, for which it was made, a batch of small ones, a large one
 SHAPES = ((1, 3, 256, 256), (16, 3, 64, 64), (4, 3, 1024, 1024))
 RATIO = 0.995
-TARGETS = {"diffusers": 8.0, "torch.quantile": 8.0}
+TARGETS = {"threshold": 8.0, "quantile": 8.0}
 
 
 def gate() -> None:
@@ -65,17 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=11)
     args = parser.parse_args(argv)
     gate()
-    torch.set_num_threads(2)
-    rows = []
-    for shape in SHAPES:
-        for case, functions in CASES.items():
-            stats = measure.interleaved(functions(shape), repeats=args.repeats, warmup=1)
-            (peer,) = set(stats) - {"fastdiff"}
-            target = {peer: ("at least", TARGETS[peer])}
-            facts = {"shape": list(shape), "dtype": "float32", "threads": 2}
-            r = measure.row(case, stats, "fastdiff", target, **facts)
-            rows.append(r)
-            measure.show(r)
+    rows = measure.beside_one_peer(CASES, SHAPES, TARGETS, args.repeats)
     measure.write_json(args.out, rows, measure.command("bench_dynamic_threshold", argv))
 
 

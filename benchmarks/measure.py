@@ -17,7 +17,7 @@ import shlex
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -196,6 +196,33 @@ def row(
         "machine": machine_info(),
         **facts,
     }
+
+
+def beside_one_peer(
+    cases: Mapping[str, Callable[[tuple[int, ...]], dict[str, Callable[[], object]]]],
+    shapes: Sequence[tuple[int, ...]],
+    targets: Mapping[str, float],
+    repeats: int,
+) -> list[dict[str, Any]]:
+    """Rows of every case at every shape, float32 on two threads, printed as they come.
+
+    Args:
+        cases: by name, what gives two functions of a shape: "fastdiff" and the peer's.
+        targets: by name of the case, how many times ours the peer's time should be at least.
+        repeats: rounds; one more warms up, since a first call may make a tree, and a peer's
+            call may take seconds.
+    """
+    torch.set_num_threads(2)
+    rows = []
+    for shape in shapes:
+        for case, functions in cases.items():
+            stats = interleaved(functions(shape), repeats=repeats, warmup=1)
+            (peer,) = set(stats) - {"fastdiff"}
+            target = {peer: ("at least", targets[case])}
+            facts = {"shape": list(shape), "dtype": "float32", "threads": 2}
+            rows.append(row(case, stats, "fastdiff", target, **facts))
+            show(rows[-1])
+    return rows
 
 
 def show(row: dict[str, Any], *facts: str) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from diffusers_cases import made, split
+from scopes import default_dtype
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -65,16 +64,6 @@ class Sampler:
         value: Tensor = self.of(*span)
         self.noise[before:] = [value]  # in place of what the tree itself drew
         return value
-
-
-@contextmanager
-def default_float64() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def doubled(scheduler: Any) -> Any:
@@ -178,7 +167,7 @@ def compared(
     if "noise_sampler" in vars(exact):
         feed = iter(one.noise)
         exact.__dict__["noise_sampler"] = lambda *span: next(feed).double()
-    with default_float64(), Doubled(one.noise) as mode:
+    with default_dtype(torch.float64), Doubled(one.noise) as mode:
         three = walk(exact, row, start.double(), [m.double() for m in outputs])
     three.reach = max(mode.reach)
     return one, two, three

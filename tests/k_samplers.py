@@ -6,7 +6,8 @@ import inspect
 
 import numpy as np
 import torch
-from peers import k_sampling
+from peers import denoiser, k_sampling
+from scopes import default_dtype
 
 from fastdiff import schedules
 from fastdiff.schedules import Grid
@@ -49,21 +50,12 @@ def by_sampler(sampler, p, levels, x, noise, options, monkeypatch):
     def draw(*_):
         return torch.from_numpy(noise(next(numbers)))
 
-    known = dict(zip(np.round(levels, 9), p.times, strict=True))
-
-    def denoise(z, sigma):
-        level = float(sigma.reshape(-1)[0])
-        return torch.from_numpy(p.denoised(z.numpy(), level, known.get(np.round(level, 9))))
-
+    denoise = denoiser(p, levels, p.times)
     if "noise_sampler" in inspect.signature(sampler).parameters:
         options = {**options, "noise_sampler": draw}
     if "disable" in inspect.signature(sampler).parameters:
         options = {**options, "disable": True}
     with monkeypatch.context() as patch:
         patch.setattr(torch, "randn_like", draw)
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)
-        try:
+        with default_dtype(torch.float64):
             return sampler(denoise, torch.from_numpy(x), torch.from_numpy(levels), **options)
-        finally:
-            torch.set_default_dtype(before)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from bits import assert_same_bits
 from peers import k_sampling
+from scopes import default_dtype
 
 from fastdiff import AdaptiveSampler, schedules
 from fastdiff.adaptive import METHODS, AdaptiveStep
@@ -224,16 +225,12 @@ def test_k_diffusion(order: int, options: dict[str, float]) -> None:
 
     seen: list[dict[str, Any]] = []
     # float64 scalars: the peer makes float32 tensors of numbers
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
+    with default_dtype(torch.float64):
         peer, stats = sampling.sample_dpm_adaptive(
             lambda x, sigma: Exact(schedule, "sample", mixture=True)(x, sigma),
             noise * 20.0, 0.05, 20.0, disable=True, order=order, noise_sampler=draw,
             return_info=True, callback=seen.append, **options,
         )  # fmt: skip
-    finally:
-        torch.set_default_dtype(before)
     assert int(info.accepted[0]) == stats["n_accept"]
     assert int(info.rejected[0]) == stats["n_reject"]
     if "h_init" in options:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from bits import assert_same_bits
 from tables import Guard
+from torch._dynamo.testing import CompileCounter
 
 import fastdiff
 from fastdiff import schedules, use_backend
@@ -303,24 +304,20 @@ def test_opcheck(target: str, fmt: torch.memory_format) -> None:
 
 def test_compiles_without_a_graph_break_and_once_for_all_seeds() -> None:
     torch._dynamo.reset()
-    graphs: list[torch.fx.GraphModule] = []
-
-    def count(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
+    graphs = CompileCounter()
 
     def f(x: torch.Tensor, seeds: Any, alpha: torch.Tensor) -> torch.Tensor:
         noisy, v = add_noise(2 * x, seeds, alpha, 1 - alpha, target="v_prediction")
         return (noisy * v).sum()
 
-    compiled = torch.compile(f, fullgraph=True, backend=count)
+    compiled = torch.compile(f, fullgraph=True, backend=graphs)
     x0 = clean(33).requires_grad_()
     for seeds in (1, 5, 9, torch.arange(3), [3, 2**64 - 1, 1]):
         expected = torch.autograd.grad(f(x0, seeds, ALPHA), x0)[0]
         got = torch.autograd.grad(compiled(x0, seeds, ALPHA), x0)[0]
         assert_same_bits(got, expected, f"seeds {seeds}")
     # the first int is a constant, the second makes it a symbol; a tensor and a list are new types
-    assert len(graphs) == 4
+    assert graphs.frame_count == 4
     torch._dynamo.reset()
 
 

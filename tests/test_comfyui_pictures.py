@@ -14,6 +14,7 @@ import torch
 from budget import assert_within_budget
 from comfy_cases import SPACES, Drawn, levels, problem, run, start
 from peers import k_sampling
+from scopes import default_dtype
 from solver_cases import CASES, assert_same
 
 STEPS = 6
@@ -199,15 +200,11 @@ def _by_k_diffusion(name, sigmas, x, noise_sampler=None):
 
     if noise_sampler is not None:
         options["noise_sampler"] = noise_sampler
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(x.dtype)
-    try:
+    with default_dtype(x.dtype):
         if name == "dpm_fast":
             ends = float(sigmas[-2]), float(sigmas[0])
             return sampling.sample_dpm_fast(model, x, *ends, len(sigmas) - 1, **options)
         return getattr(sampling, f"sample_{name}")(model, x, sigmas.to(x.dtype), **options)
-    finally:
-        torch.set_default_dtype(before)
 
 
 @pytest.mark.parametrize("name", ["dpm_fast", "dpmpp_2m", "heun"])

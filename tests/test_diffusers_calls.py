@@ -4,10 +4,10 @@ import copy
 import inspect
 import pickle
 import threading
-import warnings
 
 import pytest
 import torch
+from scopes import quiet_diffusers
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -28,12 +28,8 @@ FEW = (
 
 @pytest.fixture(autouse=True)
 def quiet():
-    level = diffusers.utils.logging.get_verbosity()
-    diffusers.utils.logging.set_verbosity_error()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet_diffusers():
         yield
-    diffusers.utils.logging.set_verbosity(level)
 
 
 def pair(name, steps=6, **config):

@@ -4,11 +4,11 @@ import functools
 import importlib
 import inspect
 import pkgutil
-import warnings
 
 import pytest
 import torch
 from budget import assert_within_budget
+from scopes import quiet_diffusers
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("scipy", reason="diffusers' beta grids and LMS need scipy")
@@ -28,12 +28,8 @@ ULPS = 8
 def quiet(monkeypatch):
     """No warnings of diffusers on odd options; its beta quantiles, slow and pure, only once."""
     monkeypatch.setattr(scipy.stats.beta, "ppf", functools.cache(scipy.stats.beta.ppf))
-    level = diffusers.utils.logging.get_verbosity()
-    diffusers.utils.logging.set_verbosity_error()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet_diffusers():
         yield
-    diffusers.utils.logging.set_verbosity(level)
 
 
 def said(row):

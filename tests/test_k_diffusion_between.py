@@ -9,6 +9,7 @@ import torch
 from budget import assert_within_budget
 from k_functions import MODELS, Answers, Sampler, both, by_mixture, by_network, start
 from peers import k_sampling, stable_step
+from scopes import default_dtype
 
 from fastdiff.integrations import k_diffusion as K
 
@@ -21,9 +22,8 @@ NOISE = {"eta": 0.6, "s_noise": 1.01}
 @pytest.fixture
 def float64():
     """k-diffusion makes tensors of the two levels itself, of the default dtype."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+    with default_dtype(torch.float64):
+        yield
 
 
 def pair(function, *args, dtype=torch.float64, model=by_mixture, **options):
@@ -77,11 +77,8 @@ def test_dpm_fast_in_float32(n):
     """Without eta, whose k-diffusion loses digits that float32 has not; with answers by call."""
     theirs, ours = both("dpm_fast")
     wide = (128, 1, 2, 3)
-    torch.set_default_dtype(torch.float64)
-    try:
+    with default_dtype(torch.float64):
         exact = theirs(Answers(), start(TOP, torch.float64, wide), *ENDS, n, disable=True)
-    finally:
-        torch.set_default_dtype(torch.float32)
     reference, got = (
         f(Answers(), start(TOP, torch.float32, wide), *ENDS, n, disable=True)
         for f in (theirs, ours)

@@ -14,7 +14,7 @@ import numpy as np
 import oracles_adams as oracles
 import pytest
 import torch
-from peers import grid_of, k_sampling, outputs_of, schedule_of
+from peers import denoiser, grid_of, k_sampling, outputs_of, schedule_of
 from rows import run
 from solver_cases import SPACINGS, assert_same, problem_of, start
 
@@ -45,16 +45,9 @@ def test_lms_of_k_diffusion(name, order):
                 )
                 x = start(schedule)
                 got = run(table, x, p.network, no_noise)
-                known = dict(zip(np.round(p.levels, 9), grid.times, strict=True))
-
-                def denoise(z, sigma, p=p, known=known):
-                    level = float(sigma[0])
-                    t = known.get(np.round(level, 9))
-                    return torch.from_numpy(p.denoised(z.numpy(), level, t))
-
                 want = sampling.sample_lms(
-                    denoise, torch.from_numpy(x / grid.alphas[0]), torch.tensor(p.levels),
-                    disable=True, order=order,
+                    denoiser(p, p.levels, grid.times), torch.from_numpy(x / grid.alphas[0]),
+                    torch.tensor(p.levels), disable=True, order=order,
                 )  # fmt: skip
                 largest = np.abs(x).max() / grid.alphas[0]
                 label = (name, order, prediction, spacing, steps)

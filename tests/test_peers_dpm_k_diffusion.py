@@ -8,8 +8,9 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from peers import k_sampling, stable_step
+from peers import denoiser, k_sampling, stable_step
 from rows import run
+from scopes import default_dtype
 from solver_cases import SPACINGS, assert_same, draws, problem_of, start
 
 from fastdiff import schedules, solvers
@@ -45,16 +46,6 @@ def draws_of(table):
     return lambda *_: torch.from_numpy(draws(*next(counters)))
 
 
-def denoiser(p, known):
-    """k-diffusion's model, with the grid's own times at the grid's levels."""
-
-    def denoise(z, sigma):
-        level = float(sigma[0])
-        return torch.from_numpy(p.denoised(z.numpy(), level, known.get(np.round(level, 9))))
-
-    return denoise
-
-
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("case", CASES)
 def test_k_diffusion(case, name, monkeypatch):
@@ -79,10 +70,10 @@ def test_k_diffusion(case, name, monkeypatch):
         noise = draws_of(table)
         # dpm_2 draws noise that it does not use, too
         monkeypatch.setattr(torch, "randn_like", noise if options else torch.zeros_like)
-        known = dict(zip(np.round(p.levels, 9), grid.times, strict=True))
         want = getattr(sampling, f"sample_{solver}")(
-            denoiser(p, known), torch.from_numpy(x / grid.alphas[0]), torch.tensor(p.levels),
-            disable=True, **options, **({} if solver == "dpm_2" else {"noise_sampler": noise}),
+            denoiser(p, p.levels, grid.times), torch.from_numpy(x / grid.alphas[0]),
+            torch.tensor(p.levels), disable=True, **options,
+            **({} if solver == "dpm_2" else {"noise_sampler": noise}),
         )  # fmt: skip
         last = float(grid.alphas[-1])
         assert_same([got[-1] / last], [want.numpy()], label, sizes_of(got, x, table, last))
@@ -91,9 +82,8 @@ def test_k_diffusion(case, name, monkeypatch):
 @pytest.fixture
 def float64():
     """dpm_fast makes tensors of its levels itself."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+    with default_dtype(torch.float64):
+        yield
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -119,9 +109,8 @@ def test_dpm_fast(name, options, monkeypatch, float64):
                 # it is asked for noise of weight 0 too: without eta, and in the last step
                 return drawn() if options and float(sigma_next) > end * (1 + 1e-6) else 0.0
 
-            ends = {np.round(p.levels[0], 9): grid.times[0]}
             want = sampling.sample_dpm_fast(
-                denoiser(p, ends), torch.from_numpy(x / grid.alphas[0]),
+                denoiser(p, p.levels[:1], grid.times[:1]), torch.from_numpy(x / grid.alphas[0]),
                 p.levels[-1], p.levels[0], evaluations,
                 disable=True, noise_sampler=noise, **options,
             )  # fmt: skip

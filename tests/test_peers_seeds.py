@@ -6,7 +6,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from peers import fixed_draw, k_sampling, outputs_of, schedule_of
+from peers import denoiser, fixed_draw, k_sampling, outputs_of, schedule_of
 from rows import run
 from solver_cases import SPACINGS as RAMPS
 from solver_cases import assert_same, draws, problem_of, start
@@ -58,13 +58,7 @@ def test_k_diffusion(case, name):
                     )  # fmt: skip
                     x = start(schedule)
                     got = run(table, x, p.network, draws)
-                    known = dict(zip(np.round(p.levels, 9), grid.times, strict=True))
-
-                    def denoise(z, sigma, p=p, known=known):
-                        level = float(sigma[0])
-                        t = known.get(np.round(level, 9))  # the grid's own time, without rounding
-                        return torch.from_numpy(p.denoised(z.numpy(), level, t))
-
+                    denoise = denoiser(p, p.levels, grid.times)
                     want = sampling.sample_dpmpp_sde(
                         denoise, torch.from_numpy(x / grid.alphas[0]), torch.tensor(p.levels),
                         disable=True, noise_sampler=path(draws), **OPTIONS[case],

@@ -10,6 +10,7 @@ import pytest
 import torch
 from bits import assert_same_bits
 from budget import assert_within_budget
+from torch._dynamo.testing import CompileCounter
 
 import fastdiff
 from fastdiff.ops import as_seeds, randn, reparameterize
@@ -178,17 +179,13 @@ def test_eager_call_and_dispatched_op_give_the_same_bits() -> None:
 
 def test_compiles_without_a_graph_break_and_once_for_all_seeds() -> None:
     torch._dynamo.reset()
-    graphs: list[torch.fx.GraphModule] = []
-
-    def count(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
+    graphs = CompileCounter()
 
     def f(m: torch.Tensor, lv: torch.Tensor, seeds: Any) -> torch.Tensor:
         z, kl = reparameterize(2 * m, lv, seeds)
         return (z * z).sum() + kl.sum()
 
-    compiled = torch.compile(f, fullgraph=True, backend=count)
+    compiled = torch.compile(f, fullgraph=True, backend=graphs)
     leaves = [t.requires_grad_() for t in inputs(4, 33)]
     for seeds in (1, 5, 9, 13, torch.arange(4), [3, 2**64 - 1, 1, 0]):
         expected = torch.autograd.grad(f(*leaves, seeds), leaves)
@@ -196,7 +193,7 @@ def test_compiles_without_a_graph_break_and_once_for_all_seeds() -> None:
         for a, b in zip(got, expected, strict=True):
             assert_same_bits(a, b, f"compiled gradient, seeds {seeds}")
     # the first int is a constant, the second makes it a symbol; a tensor and a list are new types
-    assert len(graphs) == 4
+    assert graphs.frame_count == 4
     torch._dynamo.reset()
 
 

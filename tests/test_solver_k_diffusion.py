@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from peers import k_sampling
+from peers import denoiser, k_sampling
 from rows import run
 from solver_cases import SPACINGS, assert_same, draws, problem_of, start
 
@@ -42,13 +42,7 @@ def test_k_diffusion(case, name, monkeypatch):
                 )
                 x = start(schedule)
                 got = run(table, x, p.network, draws)
-                known = dict(zip(np.round(p.levels, 9), grid.times, strict=True))
-
-                def denoise(z, sigma, p=p, known=known):
-                    level = float(sigma[0])
-                    t = known.get(np.round(level, 9))  # the grid's own time, without rounding
-                    return torch.from_numpy(p.denoised(z.numpy(), level, t))
-
+                denoise = denoiser(p, p.levels, grid.times)
                 calls = iter(range(10**6))
                 stride = len(table.rows) // steps + ("heun" in case)
                 kind = 2 if "churn" in case else 1

@@ -11,6 +11,7 @@ import scipy.stats
 import torch
 from diffusers.schedulers.scheduling_utils import AysSchedules
 from peers import k_sampling, schedule_of
+from scopes import default_dtype
 from spacing_cases import EDM, EPS, EPS32, FLOW, LINEAR, SD, STEPS, assert_levels, ends, levels_of
 from test_spacings_comfy import COMFY
 
@@ -59,9 +60,8 @@ def test_inverse_beta_below_the_smallest_number():
 @pytest.fixture
 def sampling():
     module = k_sampling()
-    torch.set_default_dtype(torch.float64)
-    yield module
-    torch.set_default_dtype(torch.float32)
+    with default_dtype(torch.float64):
+        yield module
 
 
 K = {

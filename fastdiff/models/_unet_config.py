@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields
+
+from fastdiff.models._inputs import Config
 
 __all__ = ["UNetConfig"]
 
@@ -18,7 +18,7 @@ CHOICES = {
 
 
 @dataclass(frozen=True)
-class UNetConfig:
+class UNetConfig(Config):
     """The architecture of a `UNet`; every field is JSON-able.
 
     The defaults are the small model that the library trains. `UNet.from_diffusers` and
@@ -195,15 +195,3 @@ class UNetConfig:
         """`downsample` or `upsample` as one name a step between levels, finest first."""
         value = getattr(self, name)
         return (value,) * (len(self.channels) - 1) if isinstance(value, str) else value
-
-    def to_config(self) -> dict[str, Any]:
-        """The fields as a JSON-able dict; `UNetConfig.from_config` inverts it."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> UNetConfig:
-        """Build from a dict as `to_config` gives; ValueError names any unknown key."""
-        unknown = sorted(set(config) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ValueError(f"UNetConfig: config must hold known keys only, got {unknown}")
-        return cls(**config)

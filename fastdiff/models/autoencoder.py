@@ -7,8 +7,7 @@ arXiv:1312.6114) and its mirror image. It computes what diffusers' `AutoencoderK
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from fastdiff import ops
 from fastdiff.models import _autoencoder_keys
+from fastdiff.models._inputs import Config
 from fastdiff.models._unet_blocks import Attention, Downsample, FilmNorm, ResBlock, Upsample
 
 __all__ = ["Autoencoder", "AutoencoderConfig", "Decoder", "Encoder"]
@@ -26,7 +26,7 @@ Each = float | tuple[float, ...]
 
 
 @dataclass(frozen=True)
-class AutoencoderConfig:
+class AutoencoderConfig(Config):
     """The architecture of an `Autoencoder`; every field is JSON-able.
 
     Args:
@@ -86,18 +86,6 @@ class AutoencoderConfig:
     def factor(self) -> int:
         """How many pixels a side one place of the latent stands for."""
         return 1 << (len(self.channels) - 1)
-
-    def to_config(self) -> dict[str, Any]:
-        """The fields as a JSON-able dict; `AutoencoderConfig.from_config` inverts it."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> AutoencoderConfig:
-        """Build from a dict as `to_config` gives; ValueError names any unknown key."""
-        unknown = sorted(set(config) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ValueError(f"AutoencoderConfig: config must hold known keys only, got {unknown}")
-        return cls(**config)
 
 
 def _block(config: AutoencoderConfig, c_in: int, c_out: int) -> ResBlock:

@@ -10,7 +10,7 @@ alone.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastdiff.models import _dit_keys
 from fastdiff.models._attention import attention
+from fastdiff.models._inputs import Config, require_batch, require_labels
 from fastdiff.models._keys import fill
 from fastdiff.models.unet import timestep_embedding
 from fastdiff.ops import modulate
@@ -30,7 +31,7 @@ _EACH = 6  # shift, scale and gate of attention, then of the MLP
 
 
 @dataclass(frozen=True)
-class DiTConfig:
+class DiTConfig(Config):
     """The architecture of a `DiT`; every field is JSON-able.
 
     Args:
@@ -99,18 +100,6 @@ class DiTConfig:
     def out_channels(self) -> int:
         """Channels of the prediction."""
         return self.in_channels * (2 if self.learn_sigma else 1)
-
-    def to_config(self) -> dict[str, Any]:
-        """The fields as a JSON-able dict; `DiTConfig.from_config` inverts it."""
-        return asdict(self)
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> DiTConfig:
-        """Build from a dict as `to_config` gives; ValueError names any unknown key."""
-        unknown = sorted(set(config) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ValueError(f"DiTConfig: config must hold known keys only, got {unknown}")
-        return cls(**config)
 
 
 # Table 1 of the paper, with patches of 2
@@ -315,14 +304,7 @@ class DiT(nn.Module):
     def _embed(self, x: Tensor, t: Tensor, label: Tensor | None, vector: Tensor | None) -> Tensor:
         """What the blocks are conditioned on, `(N, width)`."""
         c = self.config
-        want = (c.in_channels, c.image_size, c.image_size)
-        if not x.is_floating_point():
-            raise TypeError(f"DiT: x must be floating point, got {x.dtype}")
-        if x.ndim != 4 or tuple(x.shape[1:]) != want:
-            rule = f"(N, {', '.join(map(str, want))})"
-            raise ValueError(f"DiT: x must have shape {rule}, got {tuple(x.shape)}")
-        if tuple(t.shape) != (x.shape[0],):
-            raise ValueError(f"DiT: t must have shape ({x.shape[0]},), got {tuple(t.shape)}")
+        require_batch("DiT", x, t, (c.in_channels, c.image_size, c.image_size))
         dtype = self.patches.weight.dtype
         sinusoids = timestep_embedding(t * c.time_scale, _FREQUENCIES, freq_shift=c.time_shift)
         embedding: Tensor = self.time(sinusoids.to(dtype))
@@ -346,16 +328,5 @@ class DiT(nn.Module):
         """Checked labels, the null class by its number."""
         if label is None:
             return torch.full(t.shape, self.null_label, dtype=torch.int64, device=t.device)
-        if label.dtype != torch.int64:
-            raise TypeError(f"DiT: label must be int64, got {label.dtype}")
-        if label.shape != t.shape:
-            raise ValueError(
-                f"DiT: label must have shape {tuple(t.shape)}, got {tuple(label.shape)}"
-            )
-        # elsewhere the check would wait for the device at every step
-        if label.device.type == "cpu" and not torch.compiler.is_compiling():
-            wrong = label[(label < -1) | (label > self.null_label)]
-            if len(wrong):
-                rule = f"lie in [-1, {self.null_label}]"
-                raise ValueError(f"DiT: label must {rule}, got {wrong.tolist()}")
+        require_labels("DiT", label, t, -1, self.null_label)
         return torch.where(label == -1, self.null_label, label)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.models import _unet_keys, _unet_sources
+from fastdiff.models._inputs import require_batch, require_labels
 from fastdiff.models._unet_blocks import (
     Attention,
     Downsample,
@@ -221,14 +222,7 @@ class UNet(nn.Module):
     def _embed(self, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
         """The activated embedding `(N, embed_dim)` that every block is modulated by."""
         c = self.config
-        want = (c.in_channels, c.image_size, c.image_size)
-        if not x.is_floating_point():
-            raise TypeError(f"UNet: x must be floating point, got {x.dtype}")
-        if x.ndim != 4 or tuple(x.shape[1:]) != want:
-            rule = f"(N, {', '.join(map(str, want))})"
-            raise ValueError(f"UNet: x must have shape {rule}, got {tuple(x.shape)}")
-        if tuple(t.shape) != (x.shape[0],):
-            raise ValueError(f"UNet: t must have shape ({x.shape[0]},), got {tuple(t.shape)}")
+        require_batch("UNet", x, t, (c.in_channels, c.image_size, c.image_size))
         dtype = self.stem.weight.dtype
         sinusoids = timestep_embedding(
             t * c.time_scale,
@@ -249,19 +243,8 @@ class UNet(nn.Module):
                     "UNet: label must be a tensor for a model without a null class, got None"
                 )
             return F.silu(embedding + self.label.weight[self.null_label])
-        if label.dtype != torch.int64:
-            raise TypeError(f"UNet: label must be int64, got {label.dtype}")
-        if label.shape != t.shape:
-            raise ValueError(
-                f"UNet: label must have shape {tuple(t.shape)}, got {tuple(label.shape)}"
-            )
         low, high = (-1, c.num_classes) if c.null_class else (0, c.num_classes - 1)
-        # elsewhere the check would wait for the device at every step
-        if label.device.type == "cpu" and not torch.compiler.is_compiling():
-            wrong = label[(label < low) | (label > high)]
-            if len(wrong):
-                rule = f"lie in [{low}, {high}]"
-                raise ValueError(f"UNet: label must {rule}, got {wrong.tolist()}")
+        require_labels("UNet", label, t, low, high)
         if c.null_class:
             label = torch.where(label == -1, self.null_label, label)
         return F.silu(embedding + self.label(label))

@@ -8,14 +8,14 @@ The bound and its estimators are those of `fastdiff.reference.vae`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastdiff.models._inputs import Config
 from fastdiff.reference import vae as reference
 
 __all__ = ["VAE", "VAEConfig"]
@@ -24,7 +24,7 @@ KINDS = ("mlp", "conv")
 
 
 @dataclass(frozen=True)
-class VAEConfig:
+class VAEConfig(Config):
     """The architecture of a `VAE`; every field is JSON-able.
 
     Args:
@@ -64,18 +64,6 @@ class VAEConfig:
                 f"VAEConfig: image_size must be a multiple of {factor} for {len(self.channels)} "
                 f"convolutions, at least one, got {self.image_size}"
             )
-
-    def to_config(self) -> dict[str, Any]:
-        """The fields as a JSON-able dict; `VAEConfig.from_config` inverts it."""
-        return {**asdict(self), "channels": list(self.channels)}
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> VAEConfig:
-        """Build from a dict as `to_config` gives; ValueError names any unknown key."""
-        unknown = sorted(set(config) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ValueError(f"VAEConfig: config must hold known keys only, got {unknown}")
-        return cls(**config)
 
 
 def _gated(*widths: int) -> list[nn.Module]:
