@@ -205,3 +205,40 @@ def walk(
         "history": ring,
         "model_input": model_input.tensor,
     }
+
+
+# of three samples that walk a table each at its own row; a row that another needs is passed by
+MIXED_ROWS = ([1, 3, 5], [2, 4, 0], [6, 3, 3], [3, 3, 3])
+
+
+def mixed(table: StepTable, inputs: Inputs, rows: list[int]) -> dict[str, torch.Tensor]:
+    """One step with a row of the table for each sample.
+
+    What a row does not write stays NaN, or what it was.
+    """
+    order = (0, *range(2, inputs.x.dim()), 1)
+    plain = inputs.x.is_contiguous()
+    given = torch.stack([t.float() for t in inputs.unconds[: table.depth]])
+    if not plain:
+        last = torch.stack([t.permute(order).contiguous() for t in given])
+        given = last.permute(0, 1, last.dim() - 1, *range(2, last.dim() - 1))
+    state = {
+        "out": torch.full_like(inputs.x, float("nan")),
+        "y": inputs.variance.float() * 0.5,
+        "history": given,
+        "model_input": torch.full_like(inputs.outputs[0], float("nan")),
+    }
+    reverse_step(
+        inputs.x,
+        inputs.outputs[0],
+        table,
+        torch.tensor(rows),
+        uncond=inputs.unconds[4],
+        guidance=inputs.guidance,
+        scale=inputs.scale,
+        clip=inputs.clip,
+        variance=inputs.variance,
+        seeds=inputs.seeds,
+        **state,
+    )
+    return state

@@ -16,7 +16,7 @@ import torch
 from bits import assert_same_bits
 from budget import assert_within_budget
 from on_host import COMPILER, Host
-from tables import random_inputs, random_table, walk
+from tables import MIXED_ROWS, mixed, random_inputs, random_table, walk
 
 from fastdiff import randn, use_backend
 from fastdiff.backends import Implementation
@@ -123,7 +123,6 @@ def test_add_noise(on_host: Swap, size: tuple[int, ...], dtype: torch.dtype, fmt
 
 WEIGHTS = torch.tensor([1.0, 3.0, 0.0])
 BOUNDS = torch.tensor([0.5, -1.0, 2.0])
-SCALES = torch.tensor([1.0, 0.75, 1.5])
 STEPS = {
     "bf16": ((3, 1025), BF16, PLAIN, 2.5, 1.5),
     "f16 channels_last": ((3, 8, 6, 6), F16, LAST, 1.0, None),
@@ -157,36 +156,14 @@ def test_sum_starts_at_zero(on_host: Swap) -> None:
 def test_per_sample_rows(on_host: Swap, dtype: torch.dtype, fmt: torch.memory_format) -> None:
     rng = np.random.default_rng(0)
     shape = (3, 4, 4, 8)  # aligned: the walk's guarded memory never is
-    table, inputs = random_table(rng), random_inputs(rng, shape, dtype, fmt)
-    order = (0, 2, 3, 1)
-    results = []
-    for swap in (lambda: None, on_host):
-        swap()
-        for rows in ([1, 3, 5], [2, 4, 0], [6, 3, 3]):
-            ring = torch.ones(table.depth, *inputs.x.permute(order).shape)
-            state = {
-                "out": torch.empty_like(inputs.x),
-                "y": torch.ones_like(inputs.x),
-                "history": ring.permute(0, 1, 4, 2, 3) if fmt == LAST else ring.view(-1, *shape),
-                "model_input": torch.empty_like(inputs.outputs[0]),
-            }
-            reverse_step(
-                inputs.x,
-                inputs.outputs[0],
-                table,
-                torch.tensor(rows),
-                uncond=inputs.unconds[0],
-                guidance=WEIGHTS,
-                scale=SCALES,
-                clip=BOUNDS,
-                variance=inputs.variance,
-                seeds=inputs.seeds,
-                **state,
-            )
-            results.append(state)
-    for expected, got in zip(results[:3], results[3:], strict=True):
-        for name in expected:
-            assert_same_bits(got[name], expected[name], name)
+    table = random_table(rng)
+    inputs = random_inputs(rng, shape, dtype, fmt, WEIGHTS, BOUNDS)
+    expected = [mixed(table, inputs, rows) for rows in MIXED_ROWS]
+    on_host()
+    for rows, before in zip(MIXED_ROWS, expected, strict=True):
+        got = mixed(table, inputs, rows)
+        for name in before:
+            assert_same_bits(got[name], before[name], f"{rows} {name}")
 
 
 VAES = {

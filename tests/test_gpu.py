@@ -12,7 +12,7 @@ import pytest
 import torch
 from bits import assert_same_bits
 from budget import assert_within_budget
-from tables import random_inputs, random_table, walk
+from tables import MIXED_ROWS, mixed, random_inputs, random_table, walk
 
 from fastdiff import randn, use_backend
 from fastdiff.backends import Implementation, unavailable
@@ -39,7 +39,6 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 PLAIN, LAST = torch.contiguous_format, torch.channels_last
 WEIGHTS = torch.tensor([1.0, 3.0, 0.0])
 BOUNDS = torch.tensor([0.5, -1.0, 2.0])
-SCALES = torch.tensor([1.0, 0.75, 1.5])
 
 
 @pytest.fixture(params=("triton", "cuda"))
@@ -191,34 +190,14 @@ def test_guidance_rescale(backend: str, dtype: torch.dtype, n: int) -> None:
 def test_per_sample_rows(through_device: Callable[[], None], dtype: torch.dtype) -> None:
     rng = np.random.default_rng(0)
     shape = (3, 4, 4, 8)
-    table, inputs = random_table(rng), random_inputs(rng, shape, dtype)
-    results = []
-    for swap in (lambda: None, through_device):
-        swap()
-        for rows in ([1, 3, 5], [2, 4, 0], [6, 3, 3]):
-            state = {
-                "out": torch.empty(shape),
-                "y": torch.ones(shape),
-                "history": torch.ones(table.depth, *shape),
-                "model_input": torch.empty(shape, dtype=dtype),
-            }
-            reverse_step(
-                inputs.x,
-                inputs.outputs[0],
-                table,
-                torch.tensor(rows),
-                uncond=inputs.unconds[0],
-                guidance=WEIGHTS,
-                scale=SCALES,
-                clip=BOUNDS,
-                variance=inputs.variance,
-                seeds=inputs.seeds,
-                **state,
-            )
-            results.append(state)
-    for expected, got in zip(results[:3], results[3:], strict=True):
-        for name in expected:
-            assert_same_bits(got[name], expected[name], name)
+    table = random_table(rng)
+    inputs = random_inputs(rng, shape, dtype, PLAIN, WEIGHTS, BOUNDS)
+    expected = [mixed(table, inputs, rows) for rows in MIXED_ROWS]
+    through_device()
+    for rows, before in zip(MIXED_ROWS, expected, strict=True):
+        got = mixed(table, inputs, rows)
+        for name in before:
+            assert_same_bits(got[name], before[name], f"{rows} {name}")
 
 
 @pytest.mark.parametrize("dtype", (F32, BF16, F16), ids=str)

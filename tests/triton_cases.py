@@ -29,7 +29,7 @@ from fastdiff.kernels import noise as noise_module
 from fastdiff.kernels import reparameterize as vae_module
 from fastdiff.kernels import reverse_step as step_module
 from interpreted import report
-from tables import Inputs, random_inputs, random_table, walk
+from tables import MIXED_ROWS, Inputs, mixed, random_inputs, random_table, walk
 
 import fastdiff
 from fastdiff import randn, use_backend
@@ -243,37 +243,13 @@ def step_per_sample_rows() -> None:
         rng = np.random.default_rng(i)
         table = random_table(rng)
         inputs = random_inputs(rng, shape, dtype, fmt, guidance, clip)
-        # what a row lacks stays NaN and must not be read into a result, nor be written
-        for rows in ([1, 3, 5], [2, 4, 0], [6, 3, 3], [3, 3, 3]):
-            results = []
-            for backend in ("triton", "cpu"):
-                ring = torch.empty(table.depth, *shape)
-                if fmt == LAST:
-                    ring = torch.empty(table.depth, *inputs.x.permute(0, 2, 3, 1).shape)
-                    ring = ring.permute(0, 1, 4, 2, 3)
-                state = {
-                    "out": torch.full_like(inputs.x, float("nan")),
-                    "y": inputs.variance.float() * 0.5,
-                    "history": ring.copy_(torch.stack([t.float() for t in inputs.unconds[:4]])),
-                    "model_input": torch.empty_like(inputs.outputs[0]),
-                }
-                with use_backend(backend):
-                    reverse_step(
-                        inputs.x,
-                        inputs.outputs[0],
-                        table,
-                        torch.tensor(rows),
-                        uncond=inputs.unconds[4],
-                        guidance=guidance,
-                        scale=inputs.scale,
-                        clip=clip,
-                        variance=inputs.variance,
-                        seeds=inputs.seeds,
-                        **state,
-                    )
-                results.append(state)
-            for name in results[1]:
-                assert_same_bits(results[0][name], results[1][name], f"{rows} {name}")
+        for rows in MIXED_ROWS:
+            with use_backend("cpu"):
+                expected = mixed(table, inputs, rows)
+            with use_backend("triton"):
+                got = mixed(table, inputs, rows)
+            for name in expected:
+                assert_same_bits(got[name], expected[name], f"{rows} {name}")
 
 
 # --- reparameterization ---------------------------------------------------------------------
