@@ -53,6 +53,13 @@ _LEARNED: tl.constexpr = tl.constexpr(table.LEARNED_VARIANCE)
 
 
 @triton.jit
+def _only(mask, wanted):
+    """The mask where the scalar is true, nothing elsewhere."""
+    # in the interpreter `mask & wanted` is of 32 bits, and Triton 3.9 takes no such mask
+    return tl.where(wanted, mask, tl.zeros_like(mask))
+
+
+@triton.jit
 def _uses(f, TERM: tl.constexpr):
     """Whether the row at `f` has the term, for rows that differ by sample."""
     # compared as bits: the interpreter cannot spread a float comparison over a tile
@@ -215,33 +222,33 @@ def reverse_step_kernel(
         if READS_X:
             tx = tl.load(x + start + offset, mask=mask)
         if READS_M:
-            on = mask & evaluates if ROWS else mask
+            on = _only(mask, evaluates) if ROWS else mask
             m = load_float(output + sample.to(tl.int64) * output_stride + offset, on)
         if GUIDED or U:
-            on = mask & evaluates if ROWS else mask
+            on = _only(mask, evaluates) if ROWS else mask
             if ROWS:
                 wanted = _uses(f, 10)
                 if GUIDED:
                     wanted = wanted | (weight.to(tl.int32, bitcast=True) != 0x3F800000)
-                on = on & wanted
+                on = _only(on, wanted)
             u = load_float(uncond + sample.to(tl.int64) * uncond_stride + offset, on)
         if LEARNED:
-            on = mask & learned & _uses(f, 8) if ROWS else mask
+            on = _only(mask, learned & _uses(f, 8)) if ROWS else mask
             v = load_float(variance + sample.to(tl.int64) * variance_stride + offset, on)
         if (USED >> 1) & 1:
-            on = mask & _uses(f, 1) if ROWS else mask
+            on = _only(mask, _uses(f, 1)) if ROWS else mask
             ty = tl.load(y + start + offset, mask=on)
         if (USED >> 4) & 1:
-            on = mask & _uses(f, 4) if ROWS else mask
+            on = _only(mask, _uses(f, 4)) if ROWS else mask
             h0 = tl.load(history + start + offset, mask=on)
         if (USED >> 5) & 1:
-            on = mask & _uses(f, 5) if ROWS else mask
+            on = _only(mask, _uses(f, 5)) if ROWS else mask
             h1 = tl.load(history + one * history_stride + start + offset, mask=on)
         if (USED >> 6) & 1:
-            on = mask & _uses(f, 6) if ROWS else mask
+            on = _only(mask, _uses(f, 6)) if ROWS else mask
             h2 = tl.load(history + 2 * one * history_stride + start + offset, mask=on)
         if (USED >> 7) & 1:
-            on = mask & _uses(f, 7) if ROWS else mask
+            on = _only(mask, _uses(f, 7)) if ROWS else mask
             h3 = tl.load(history + 3 * one * history_stride + start + offset, mask=on)
 
         zero = tl.zeros(offset.shape, tl.float32)
@@ -293,7 +300,7 @@ def reverse_step_kernel(
 
         tl.store(out + start + offset, to_x, mask=mask)
         if B != 0:
-            tl.store(y + start + offset, to_y, mask=mask & writes_y if ROWS else mask)
+            tl.store(y + start + offset, to_y, mask=_only(mask, writes_y) if ROWS else mask)
         if PUSH:
             if PUSH == 1:
                 pushed = d
@@ -305,7 +312,7 @@ def reverse_step_kernel(
                     pushed = _plus(pushed, tl.load(f + _PUSH_D), d, ROWS)
                 if ROWS:
                     pushed = tl.where(plain, d, pushed)
-            on = mask & (slot >= 0) if ROWS else mask
+            on = _only(mask, slot >= 0) if ROWS else mask
             to = tl.maximum(slot, 0).to(tl.int64) * history_stride
             tl.store(history + to + start + offset, pushed, mask=on)
         if MODEL_INPUT:

@@ -321,7 +321,7 @@ def test_compiles_without_a_graph_break_and_once_for_all_seeds() -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # inside torch.func
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")  # inside torch.func
 def test_func_grad_works_and_forward_mode_is_refused_aloud() -> None:
     x0 = clean(9)
     got = torch.func.grad(lambda x: add_noise(x, SEEDS, ALPHA, SIGMA)[0].sum())(x0)

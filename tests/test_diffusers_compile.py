@@ -128,7 +128,7 @@ def _seeded(name: str, options: dict[str, Any]) -> Any:
     return made(name, options)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # inside inductor
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")  # inside inductor
 def test_inductor_makes_one_graph_of_four_loops() -> None:
     cases = [DETERMINISTIC[i] for i in (0, 3, 7)] + [("DDPMScheduler", {"noise": "counter"})]
     schedulers = [made(*case) for case in cases]

@@ -148,7 +148,7 @@ def test_vmap_is_one_call_after_the_other() -> None:
         _assert_gradients([g[i] for g in each], x[i], scale[i])
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # inside torch.func
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")  # inside torch.func
 def test_forward_mode_is_refused_aloud() -> None:
     x = randn([0, 1], (8, 5))
     with pytest.raises((NotImplementedError, RuntimeError), match="forward"):

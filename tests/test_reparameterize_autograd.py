@@ -140,7 +140,7 @@ def test_backward_runs_on_the_backend_of_the_forward_pass(monkeypatch: Any) -> N
     assert ran == ["reference"]
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # inside torch.func
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")  # inside torch.func
 def test_func_grad_works_and_forward_mode_is_refused_aloud() -> None:
     mu, logvar = inputs(3, 7)
     got = torch.func.grad(lambda m: reparameterize(m, logvar, 0)[1].sum())(mu)

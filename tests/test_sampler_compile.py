@@ -127,7 +127,7 @@ def test_the_unet_is_one_graph(as_they_are: list[int]) -> None:
     assert len(as_they_are) == 1
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # inside inductor
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")  # inside inductor
 @pytest.mark.skipif(
     shutil.which("c++") is None and shutil.which("g++") is None, reason="inductor has no compiler"
 )
