@@ -363,9 +363,9 @@ def reparameterize(
         step: counter of the draw, in [0, 2**32): advance it for fresh noise from the same seeds.
         stream: what the draw is for, in [0, 2**32).
         clamp: least and greatest logvar, as the decoders of latent diffusion bound it by
-            (-30, 20): as `torch.clamp` before the op, but that a logvar on a bound keeps its gradient
-            (as with torch before 2.15), that of a NaN is NaN, and bounds of 16-bit tensors are
-            float32.
+            (-30, 20): as `torch.clamp` before the op, but that a logvar on a bound keeps its
+            gradient (as with torch before 2.15), that of a NaN is NaN, and bounds of 16-bit tensors
+            are float32.
         samples: K samples of each distribution, as an importance-weighted bound wants them (Burda
             et al. 2016, arXiv:1509.00519): eps of sample k is elements k * M to k * M + size of the
             seed's sequence, where size is that of S and M the next multiple of 4; sample 0 is the
