@@ -5,8 +5,9 @@
 #
 #   scripts/versions.sh [FOLDER]      where to build; a new temporary one without it
 #
-# PYTHON: the interpreter (python3). TORCH: what pip is asked for ("torch" under constraints.txt).
-# TRITONS: releases to test with, oldest first ("3.6.0 3.7.1").
+# PYTHON: the interpreter (python3). TORCH: a release of torch, in place of that of constraints.txt.
+# TRITONS: releases to test with, oldest first ("3.6.0 3.7.1"). SUITE: with it the whole test suite
+# runs at the end, on so many workers, with the last of them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root="$PWD"
@@ -14,6 +15,11 @@ work="${1:-$(mktemp -d)}"
 python="${PYTHON:-python3}"
 tritons="${TRITONS-3.6.0 3.7.1}"
 mkdir -p "$work"
+constraints="$root/constraints.txt"
+if [ -n "${TORCH:-}" ]; then # with the Triton and the CUDA libraries that it asks for
+  constraints="$work/constraints.txt"
+  { sed '/^torch=\|^triton=\|^cuda-\|^nvidia-/d' constraints.txt; echo "torch==$TORCH"; } >"$constraints"
+fi
 export PIP_DISABLE_PIP_VERSION_CHECK=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 say() { printf '== %s\n' "$*"; }
@@ -28,7 +34,7 @@ say "sdist, and a wheel from nothing but the sdist"
 say "a fresh environment with the wheel"
 "$python" -m venv "$work/user"
 user="$work/user/bin"
-"$user/pip" install --quiet -c constraints.txt "${TORCH:-torch}" "$work"/dist/*.whl
+"$user/pip" install --quiet -c "$constraints" torch "$work"/dist/*.whl
 "$user/pip" check
 
 say "without a compiler, without a network"
@@ -49,7 +55,7 @@ grep -q 'step kernel: cpu' "$work/sample.log"
 test -s "$work/samples.png"
 
 say "tests with each Triton"
-"$user/pip" install --quiet -c "$root/constraints.txt" pytest hypothesis scipy numpy
+"$user/pip" install --quiet -c "$constraints" pytest hypothesis scipy numpy
 for release in $tritons; do
   "$user/pip" install --quiet --no-deps "triton==$release"
   say "triton $release, $("$user/python" -c 'import torch; print("torch", torch.__version__)')"
@@ -57,4 +63,12 @@ for release in $tritons; do
   (cd "$root/tests" && "$user/python" -P -m pytest -q -c "$root/pyproject.toml" \
     --rootdir "$root" -p no:cacheprovider test_triton.py test_backends.py 2>&1 | tail -n 15)
 done
+
+if [ -n "${SUITE:-}" ]; then
+  say "the whole suite"
+  "$user/pip" install --quiet -c "$constraints" torchdiffeq scipy tqdm
+  "$user/pip" install --quiet --no-deps k-diffusion==0.1.1.post1 torchsde trampoline
+  (cd "$root" && "$user/pip" install --quiet -c "$constraints" -e '.[test]' &&
+    "$user/python" -m pytest -q -n "$SUITE" -p no:cacheprovider 2>&1 | tail -n 40)
+fi
 say "done"
