@@ -68,9 +68,10 @@ def check_counter(op: str, name: str, value: object) -> int:
     """A 32-bit word of a noise counter."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
-    if not 0 <= value < 1 << 32:
+    word = int(value)  # torch 2.11 cannot trace comparisons of a `Stream`
+    if not 0 <= word < 1 << 32:
         raise ValueError(f"{op}: {name} must lie in [0, 2**32), got {value}")
-    return int(value)
+    return word
 
 
 def check_eps(op: str, eps: object) -> None:

@@ -110,6 +110,7 @@ def options(macros: Macros, arch: str, **more: Any) -> dict[str, Any]:
         "ftz": False,
         "prec_sqrt": True,
         "prec_div": True,
+        "device_as_default_execution_space": True,  # of lambdas too, which NVRTC 13.0 refuses else
         "define_macro": [(name, str(value)) for name, value in macros],
         **more,
     }

@@ -2,12 +2,12 @@
 
     python scripts/noise_battery/testu01.py --battery SmallCrush --feed elements steps seeds mixed
     python scripts/noise_battery/testu01.py --battery Crush --feed mixed
-    python scripts/noise_battery/testu01.py --battery SmallCrush --feed mixed --rounds 5  # a control
+    python scripts/noise_battery/testu01.py --battery SmallCrush --feed mixed --rounds 5  # control
 
 Orders are those of run.py. `--bits low` turns every word round, as the batteries look at the upper
-bits far more. Needs a C++ compiler and libtestu01-0-dev (Debian, section non-free). SmallCrush takes
-seconds, Rabbit and Alphabit (2^32 bits) minutes, Crush half an hour and 2^35 words or so, BigCrush
-hours and 2^38. The exit code is 1 where a p-value is below 1e-6 on either side, run.py's bound.
+bits far more. Needs a C++ compiler and libtestu01-0-dev (Debian, section non-free). SmallCrush
+takes seconds, Rabbit and Alphabit (2^32 bits) minutes, Crush half an hour and 2^35 words or so,
+BigCrush hours and 2^38. The exit code is 1 where a p-value is below 1e-6 on either side, run.py's.
 """
 
 from __future__ import annotations

@@ -96,13 +96,25 @@ def _lookup(
     )
     for begin, end, number in program.spans:
         # the pattern first: comparisons of the step go into the guards
-        if _program.kind(number).before == seen and begin <= at < end:
+        if _alike(_program.kind(number).before, seen) and begin <= at < end:
             row = table[at]
             if self._fd_by_value or position == "counter":
                 right = (self.timesteps[at] == timestep).to(sample.device)
                 row = torch.where(right, row, torch.nan)
             return _program.kind(number), row
     return None, None
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two patterns are equal; torch 2.11 cannot trace `==` of what differs in type."""
+    if a is None or b is None:
+        return a is b
+    for kind in (tuple, str):
+        if isinstance(a, kind) != isinstance(b, kind):
+            return False
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(_alike(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)
 
 
 def _run(
