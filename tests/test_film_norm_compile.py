@@ -47,6 +47,11 @@ PASSES = {
     "statistics_kernel": 1,
     "apply_kernel": 3,
 }
+# Bytes of local memory by NVRTC 13.0 (torch 2.11 brings it); 13.2 and 13.5 need none.
+SPILLED = {
+    "film_norm f32 channels_last film_norm_resident sm_90a": 16,
+    "film_norm f32 huge film_norm_statistics sm_80": 20,
+}
 MERGES = {"film_norm_merge", "merge_kernel"}  # of a few sums a group: not worth a budget
 
 
@@ -98,7 +103,8 @@ def per_element(kernel: Compiled) -> float:
 
 def _gate(kernel: Compiled, listed: list[dict[str, Any]] | None) -> None:
     what = f"{kernel.case} {kernel.kernel} {kernel.arch}"
-    assert kernel.spills == 0, what
+    spilled = SPILLED.get(what, 0) if gpu_compile.versions()["nvrtc"] == "13.0" else 0
+    assert kernel.spills <= spilled, what
     assert kernel.registers <= 128, what  # 512 threads, the most of a block, have 65536
     if "bf16" in kernel.case and re.search("apply|resident", kernel.kernel):
         assert "cvt.rn.bf16" in kernel.ptx, what

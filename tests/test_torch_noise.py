@@ -15,7 +15,7 @@ import torch
 from bits import assert_same_bits
 from tables import needs_extension
 from torch import Tensor
-from torch_twins import DTYPES, assert_same_draw, twins
+from torch_twins import DTYPES, OURS, assert_same_draw, twins
 
 from fastdiff.integrations import _torch_noise
 from fastdiff.integrations._torch_noise import fill_, randn, state_before, untempered
@@ -33,7 +33,7 @@ def test_every_tail(dtype: torch.dtype, vector_isa: str, drawn: list[int]) -> No
     ours, theirs = twins(7)
     for size in sizes:
         assert_same_draw(size, ours, theirs, dtype)
-    assert drawn == sizes
+    assert drawn == (sizes if dtype in OURS else [])
 
 
 @pytest.mark.parametrize("size", (16, 17, 640, 5000))
@@ -102,7 +102,7 @@ def test_threads_share_a_draw(
     torch.set_num_threads(threads)
     for size in sizes:
         assert_same_draw(size, ours, theirs, dtype)
-    assert drawn == sizes
+    assert drawn == (sizes if dtype in OURS else [])
 
 
 def test_nothing_beside_the_output_is_written(vector_isa: str, drawn: list[int]) -> None:
@@ -112,7 +112,7 @@ def test_nothing_beside_the_output_is_written(vector_isa: str, drawn: list[int])
             fill_(memory[64 : 64 + size], torch.Generator().manual_seed(size))
             assert (memory[:64] == 3).all()
             assert (memory[64 + size :] == 3).all()
-    assert len(drawn) == 15
+    assert len(drawn) == 5 * len(OURS)
 
 
 # --- beside torch's own draws ----------------------------------------------------------------
