@@ -2,8 +2,8 @@
 
 What `torch.randn` draws from a generator is fixed by torch's build and by the CPU it finds, not by
 a promise. So the first draw of a process compares `csrc/cpu/torch_noise.cpp` with torch, and where
-they differ by a bit all draws are torch's: with torch 2.11 those of 16-bit dtypes, which it draws in
-another way than later releases.
+they differ by a bit all draws are torch's: with torch 2.11 those of 16-bit dtypes, which it draws
+in another way than later releases.
 """
 
 from __future__ import annotations
