@@ -87,13 +87,13 @@ def test_a_stream_that_differs_is_found_out(
     def faulty(state: int, out: int, dtype: int, size: int) -> bool:
         done = right(state, out, dtype, size)
         if fault == "value":
-            ctypes.c_float.from_address(out + 4 * 77).value *= 1 + 2**-23
+            ctypes.c_int32.from_address(out + 4 * 77).value ^= 1
         elif fault == "state":
             ctypes.c_int32.from_address(state + 8).value -= 1
             ctypes.c_int64.from_address(state + 16).value += 1
         return bool(done)
 
-    name = f"{vector_isa} with {fault}"
+    name = f"{vector_isa}, torch_noise with {fault}"
     with monkeypatch.context() as patched:
         stand_in = SimpleNamespace(isa=lambda: name, torch_noise=faulty)
         patched.setattr(_native, "extension", stand_in)
