@@ -83,11 +83,17 @@ def run(program: Path, feed: str, seed: int, rounds: int, log2_bytes: int) -> li
     return results
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+def parser_of(doc: str | None) -> argparse.ArgumentParser:
+    """The options that choose the words."""
+    parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
     parser.add_argument("--feed", nargs="+", default=["elements", "steps", "seeds", "mixed"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=10)
+    return parser
+
+
+def main() -> int:
+    parser = parser_of(__doc__)
     parser.add_argument("--log2-bytes", type=int, default=30)
     args = parser.parse_args()
     failed = 0

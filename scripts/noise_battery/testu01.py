@@ -12,13 +12,12 @@ BigCrush hours and 2^38. The exit code is 1 where a p-value is below 1e-6 on eit
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import tempfile
 import time
 from pathlib import Path
 
-from run import CSRC, FAIL, HERE, compiler
+from run import CSRC, FAIL, HERE, compiler, parser_of
 
 BATTERIES = ("SmallCrush", "Crush", "BigCrush", "Rabbit", "Alphabit")
 
@@ -36,12 +35,9 @@ def build(folder: Path) -> Path:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--battery", default="SmallCrush", choices=BATTERIES)
-    parser.add_argument("--feed", nargs="+", default=["elements", "steps", "seeds", "mixed"])
     parser.add_argument("--bits", default="high", choices=("high", "low"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rounds", type=int, default=10)
     args = parser.parse_args()
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
