@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from benchmarks import measure
+from benchmarks.quality import same_table
+from fastdiff import checkpoints, solvers
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = {
@@ -118,3 +120,25 @@ def test_memory_of_many_samples_is_that_of_the_result_alone() -> None:
     result = 50 * 4 * 16 * 4 * 64 * 64
     assert result <= found["fastdiff"] < 1.1 * result
     assert found["eager"] > 2.5 * found["fastdiff"]  # its noise and their product stand beside it
+
+
+def test_rows_that_share_a_run_share_their_table() -> None:
+    _, schedule, card = checkpoints.load("fashion")
+    shared = [r for r in RESULTS["quality"] if "same_table_as" in r]
+    pairs = {("euler", "ddim"), ("euler_ancestral", "ddpm")}
+    assert {(r["solver"], r["same_table_as"]) for r in shared} <= pairs
+    for row in RESULTS["quality"]:  # what the page says of all of them
+        for pair in pairs:
+            if row["solver"] in pair:
+                one, two = (
+                    solvers.build(name, schedule, row["steps"], prediction=card["prediction"])
+                    for name in pair
+                )
+                assert same_table(one, two, clip=row["clip"] is not None), (pair, row["steps"])
+    for row in shared:
+        (run,) = (
+            r
+            for r in RESULTS["quality"]
+            if (r["solver"], r["steps"]) == (row["same_table_as"], row["steps"])
+        )
+        assert {**run, "solver": row["solver"], "same_table_as": run["solver"]} == row
