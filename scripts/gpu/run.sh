@@ -9,6 +9,7 @@
 #   scripts/gpu/run.sh triton OUT          noise and loops of Triton against the hashes of the CPU
 #   scripts/gpu/run.sh cuda OUT            those of CUDA C++
 #   scripts/gpu/run.sh bench OUT           kernels, loops and modes, as JSON
+#   scripts/gpu/run.sh sanitize OUT        the kernels' tests under compute-sanitizer; not in "all"
 #
 # $PYTHON (python3) needs torch with CUDA, Triton, pip and a C++17 compiler. README.md says what
 # each part writes into OUT.
@@ -16,7 +17,7 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 python="${PYTHON:-python3}"
 site="$root/build/gpu"
-part="${1:?wheels, all, build, tests, triton, cuda or bench}"
+part="${1:?wheels, all, build, tests, triton, cuda, bench or sanitize}"
 out="$(mkdir -p "${2:?a folder}" && cd "$2" && pwd)"
 wheels=""
 if [ "$part" != wheels ] && [ -n "${3:-}" ]; then
@@ -72,5 +73,19 @@ case "$part" in
   bench)
     logged bench "$python" "$root/scripts/gpu/bench.py" --out "$out/gpu_bench.json"
     ;;
-  *) echo "gpu: part must be wheels, all, build, tests, triton, cuda or bench, got $part" >&2; exit 2 ;;
+  sanitize)
+    # torch's cache of memory would hide what is written beside a tensor; large cases take too long
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    code=0 limit=190
+    for tool in memcheck racecheck initcheck; do
+      logged "sanitize-$tool" compute-sanitizer --tool "$tool" --error-exitcode 86 \
+        "$python" -m pytest -m gpu -p no:cacheprovider -q "$root/tests/test_gpu.py" \
+        "$root/tests/test_modulate_gpu.py" -k "not n4194304 and not n1048579" || code=1
+    done
+    exit "$code"
+    ;;
+  *)
+    echo "gpu: part must be wheels, all, build, tests, triton, cuda, bench or sanitize, got $part" >&2
+    exit 2
+    ;;
 esac
