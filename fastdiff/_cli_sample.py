@@ -135,6 +135,7 @@ def parse_options(texts: Sequence[str]) -> dict[str, Any]:
     """Options of a solver, each ``name=value`` with a Python number, True, False, None or a word.
 
     Raises:
+        TypeError: it names what has an option of the command.
         ValueError: a text is no such pair.
     """
     options = {}
@@ -147,6 +148,7 @@ def parse_options(texts: Sequence[str]) -> dict[str, Any]:
         # a word; what is nested too deep, or no value that Python has
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             options[name] = value
+    solvers.check_names("sample", options)
     return options
 
 

@@ -72,10 +72,10 @@ class Guidance:
             for w in weights:
                 check_number("guidance", w)
         elif not callable(weights):
-            check_number("guidance", weights)
+            check_number("guidance", weights, optional=True)
         if interval is not None:
             _check_interval(interval)
-        check_number("guidance_rescale", phi)
+        check_number("guidance_rescale", phi, optional=True)
         if isinstance(phi, (int, float)) and not 0 <= phi <= 1:
             raise ValueError(f"Sampler: guidance_rescale must lie in [0, 1], got {phi}")
         self._table, self._weights, self._interval = table, weights, interval
@@ -111,9 +111,9 @@ class Guidance:
         return found
 
 
-def check_number(name: str, value: object) -> None:
-    """A finite number, a tensor of one a sample, or None."""
-    if value is None:
+def check_number(name: str, value: object, *, optional: bool = False) -> None:
+    """A finite number, a tensor of one a sample, or, where it is optional, None."""
+    if value is None and optional:
         return
     if isinstance(value, Tensor):
         if value.dim() != 1:

@@ -107,7 +107,7 @@ class Sampler:
             raise TypeError(
                 f"Sampler: guide_model must be callable, got {type(guide_model).__name__}"
             )
-        check_number("clip", clip)
+        check_number("clip", clip, optional=True)
         if isinstance(clip, (int, float)) and clip < 0:
             raise ValueError(f"Sampler: clip must not be negative, got {clip}")
         path = PathNoise(table) if noise == "brownian" else None

@@ -243,6 +243,8 @@ def test_denoised_is_guided_and_rescaled() -> None:
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "few-weights": ({"guidance": [1.0, 2.0]}, ValueError, r"must have one weight a row \(6"),
     "a-weight": ({"guidance": [1.0] * 5 + ["2"]}, TypeError, "guidance must be a number, got str"),
+    "no-weight": ({"guidance": [1.0, None] * 3}, TypeError, "must be a number, got NoneType"),
+    "returned-none": ({"guidance": lambda i, s: None}, TypeError, "must be a number, got NoneType"),
     "returned": ({"guidance": lambda i, s: "2"}, TypeError, "guidance must be a number, got str"),
     "not-finite": ({"guidance": lambda i, s: 1e999}, ValueError, "guidance must be finite"),
     "matrix": ({"guidance": torch.ones(2, 2)}, ValueError, r"one a sample \(N,\), got \(2, 2\)"),

@@ -156,6 +156,12 @@ def test_options_that_are_no_value_are_words(value):
     assert parse_options([f"a={value}"]) == {"a": value}
 
 
+@pytest.mark.parametrize("name", ["name", "schedule", "steps", "prediction", "spacing"])
+def test_options_that_the_command_has_itself(name):
+    with pytest.raises(TypeError, match=f"sample: options must be of .*, got '{name}'"):
+        parse_options(["eta=0.5", f"{name}=1"])
+
+
 def test_weights_of_memory_that_is_not_there(tmp_path):
     path = tmp_path / "m.pt"
     torch.save({"w": torch.zeros(1).expand(1 << 20, 1 << 20)}, path)  # 4 TiB in 2 KiB

@@ -224,6 +224,7 @@ BODIES = (
     ({"solver": ["ddim"]}, 422, "submit: solver must be a name or a StepTable, got ['ddim']"),
     ({"spacing": {}}, 422, "submit: spacing must be a name or None, got {}"),
     ({"options": {"eta": {}}}, 422, "submit: options must be numbers, words or tuples"),
+    ({"options": {"spacing": "karras"}}, 422, "submit: options must be of the solver or its grid"),
     ({"guidance": {"w": 1}}, 422, "Sampler: guidance must be a number, got dict"),
     ({"guidance_interval": 3}, 422, "Sampler: guidance_interval must be two numbers"),
     ({"cond": {"label": 99.5}}, 422, "submit: cond label must be torch.int64"),
@@ -281,6 +282,23 @@ def test_finished_jobs_are_kept_to_a_number() -> None:
         kept = [client.call("GET", f"/samples/{name}")[0] == 200 for name in names]
         gate.open(1)
     assert kept == [False] * 4 + [True] * 2
+
+
+def test_a_finished_job_outlives_its_own_answer() -> None:
+    """More images than are kept, ready before the client has heard of the job."""
+    made = engine()
+    submit = made.submit
+
+    def finished(**fields: Any) -> Any:
+        job = submit(**fields)
+        job.result(WAIT)
+        return job
+
+    made.submit = finished  # type: ignore[method-assign]
+    with serving(made, keep=1) as client:
+        for _ in range(2):
+            name = client.submit(seeds=[1, 2], steps=1)
+            assert client.call("GET", f"/samples/{name}/images/1.png")[0] == 200
 
 
 @pytest.mark.parametrize(

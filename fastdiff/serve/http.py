@@ -126,8 +126,8 @@ class _Service:
         entry.job = job
         job.add_done_callback(entry.changed)
         name = secrets.token_urlsafe(12)
+        self._prune()  # before it is among them: its client has not heard of it yet
         self._entries[name] = entry
-        self._prune()
         where = f"/samples/{name}"
         return JSONResponse({"id": name, **entry.state()}, 202, {"Location": where})
 

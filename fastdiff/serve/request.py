@@ -132,7 +132,7 @@ class Planner:
             value = getattr(request, name)
             if isinstance(value, Tensor):
                 raise TypeError(f"submit: {name} must be a number, got a tensor")
-        check_number("clip", request.clip)
+        check_number("clip", request.clip, optional=True)
         if request.clip is not None and request.clip < 0:
             raise ValueError(f"submit: clip must not be negative, got {request.clip}")
         rows = Guidance(
@@ -186,6 +186,7 @@ class Planner:
             raise TypeError(f"submit: spacing must be a name or None, got {request.spacing!r}")
         if not isinstance(request.options, Mapping):
             raise TypeError(f"submit: options must be a mapping, got {request.options!r}")
+        solvers.check_names("submit", request.options)
         try:
             return self._build(solver, steps, request.spacing, *sorted(request.options.items()))
         except TypeError as error:

@@ -322,6 +322,17 @@ def _check_options(
             raise TypeError(f"build: options of {name} must be among {allowed}, got {option!r}")
 
 
+def check_names(where: str, options: Mapping[str, Any]) -> None:
+    """For fronts that pass a stranger's options to `build` beside arguments of their own.
+
+    Raises:
+        TypeError: an option has the name of such an argument.
+    """
+    for option in options:
+        if option in ("name", "schedule", "steps", "prediction", "spacing"):
+            raise TypeError(f"{where}: options must be of the solver or its grid, got {option!r}")
+
+
 def _check_grid(grid: Grid) -> None:
     a, s = np.asarray(grid.alphas), np.asarray(grid.sigmas)
     if not (len(a) == len(s) == len(grid.times) >= 2):

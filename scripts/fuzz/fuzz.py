@@ -19,6 +19,8 @@ import torch  # before the instrumentation: it is not what is fuzzed
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+# the finder of an editable install comes before every path, and its modules are not instrumented
+sys.meta_path.sort(key=lambda finder: "Redirecting" in type(finder).__name__)
 with atheris.instrument_imports(include=["fastdiff", "torch._weights_only_unpickler"]):
     import targets
 

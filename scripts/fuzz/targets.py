@@ -8,7 +8,9 @@ it is a defect. `fuzz.py` drives them; tests/test_fuzz_corpus.py replays the kep
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -26,6 +28,8 @@ import fastdiff
 from fastdiff import _cli_sample, checkpoints, schedules, solvers
 from fastdiff.formats.files import STEM, read_json, read_shards, read_weights
 from fastdiff.models import DiT, DiTConfig, UNet, UNetConfig
+from fastdiff.serve import Engine
+from fastdiff.serve.http import create_app
 from fastdiff.table import Row, StepTable
 
 # every message of the library says first what refuses: "load: ", "UNetConfig: ", "beta.x: "
@@ -178,6 +182,52 @@ def table(data: bytes) -> None:
                 raise AssertionError("a coefficient is not finite")
 
 
+@functools.cache
+def _served() -> tuple[asyncio.AbstractEventLoop, Any]:
+    """A loop, and the application of an engine whose model costs nothing."""
+    engine = Engine(
+        lambda x, t, label: x * 0.5 + label.view(-1, 1, 1, 1) * 0.125, schedules.scaled_linear(),
+        (1, 2, 2), null={"label": torch.tensor(-1)}, slots=8, sizes=range(1, 17),
+        max_steps=MOST_STEPS, classes=("bag", "boot"),
+    )  # fmt: skip
+    return asyncio.new_event_loop(), create_app(engine)
+
+
+async def _call(app: Any, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
+    """Status and body of an answer."""
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http", "http_version": "1.1", "method": method, "path": path, "headers": [],
+        "query_string": b"", "client": ("127.0.0.1", 1),
+    }  # fmt: skip
+    await app(scope, receive, send)
+    return sent[0]["status"], b"".join(m.get("body", b"") for m in sent)
+
+
+def http(data: bytes) -> None:
+    """The body of a request for samples; what is accepted must end with its first image."""
+    loop, app = _served()
+
+    async def ask() -> None:
+        status, answer = await _call(app, "POST", "/samples", data)
+        found = json.loads(answer)
+        if status != 202:
+            assert status in (400, 413, 422) and HOUSE.match(found["error"]), (status, answer)
+            return
+        status, answer = await _call(app, "GET", f"/samples/{found['id']}/images/0.png")
+        # 504: it asked for a deadline, and missed it
+        assert status == 200 or (status == 504 and b"deadline" in data), (status, answer)
+
+    loop.run_until_complete(ask())
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    f.__name__: f for f in (weights, index, card, scheduler, config, cli, table)
+    f.__name__: f for f in (weights, index, card, scheduler, config, cli, table, http)
 }
