@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 pytest.importorskip("diffusers")
 
-from test_diffusers_calls import advance, pair, quiet, same, start  # noqa: E402, F401
+from test_diffusers_calls import advance, output, pair, quiet, same, start  # noqa: F401
 
 
 # those that copy to a buffer before a step, and one that does not
@@ -25,3 +26,48 @@ def test_a_scheduler_goes_in_and_out_of_inference_mode(name):
     for scheduler in (theirs, ours):
         scheduler.set_timesteps(8)
     same(advance(ours, x), advance(theirs, x))
+
+
+@pytest.mark.parametrize("what", ["noise", "number", "grid", "state"])
+def test_a_derivative_by_what_is_neither_sample_nor_output(what):
+    name = {"grid": "EulerDiscreteScheduler", "state": "DPMSolverMultistepScheduler"}.get(what)
+    grads = []
+    for scheduler in pair(name or "DDIMScheduler"):
+        x, t = output(1), scheduler.timesteps[0]
+        of, more, first = torch.tensor(0.5), {}, 0
+        if what == "noise":
+            of = output(2)
+            more = {"eta": 1.0, "variance_noise": of}
+        elif what == "number":
+            more = {"eta": of, "variance_noise": output(2)}
+        elif what == "grid":
+            of = scheduler.sigmas = scheduler.sigmas.clone()
+            scheduler.scale_model_input(x, t)
+        else:
+            of, first = output(2), 1
+            scheduler.step(of.requires_grad_(), t, x)
+        of.requires_grad_()
+        y = scheduler.step(output(0), scheduler.timesteps[first], x, **more).prev_sample
+        grads.append(torch.autograd.grad(y.square().sum(), of)[0])
+    assert torch.equal(grads[1], grads[0]) and bool((grads[0] != 0).any())
+
+
+def test_tangents_and_transforms_are_those_of_diffusers():
+    found = []
+    for scheduler in pair("DDIMScheduler"):
+        t = scheduler.timesteps[1]
+
+        def step(m, x, scheduler=scheduler, t=t):
+            return scheduler.step(m, t, x).prev_sample
+
+        with forward_ad.dual_level():
+            dual = step(forward_ad.make_dual(output(0), output(1)), output(2))
+            tangent = forward_ad.unpack_dual(dual).tangent
+        pair_of = (output(0), output(2))
+        found.append((
+            tangent,
+            torch.func.jvp(step, pair_of, (output(1), output(3)))[1],
+            torch.func.vmap(step)(*pair_of),
+        ))  # fmt: skip
+    for theirs, ours in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
