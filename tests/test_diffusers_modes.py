@@ -28,6 +28,20 @@ def test_a_scheduler_goes_in_and_out_of_inference_mode(name):
     same(advance(ours, x), advance(theirs, x))
 
 
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_a_late_look_at_the_prediction_in_inference_mode(return_dict):
+    """Tensors of inference mode do not tell that they were written to."""
+    theirs, ours = pair("DDIMScheduler")
+    t = ours.timesteps[0]
+    with torch.inference_mode():
+        x, m = output(0), output(1)
+        want = theirs.step(m, t, x).pred_original_sample
+        out = ours.step(m, t, x, return_dict=return_dict)
+        x.mul_(2.0)
+        m.zero_()
+        same(out[1], want)
+
+
 @pytest.mark.parametrize("what", ["noise", "number", "grid", "state"])
 def test_a_derivative_by_what_is_neither_sample_nor_output(what):
     name = {"grid": "EulerDiscreteScheduler", "state": "DPMSolverMultistepScheduler"}.get(what)
