@@ -96,6 +96,20 @@ def test_a_callback_may_keep_what_it_sees(name):
     assert_same_bits(call(name, begin(), network), got)
 
 
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_may_keep_what_it_sees(name, dtype):
+    """A wrapper that records the trajectory, or compares an input with earlier ones."""
+    kept = []
+
+    def model(x, sigma):
+        kept.append((x, x.clone()))
+        return network(x, sigma)
+
+    call(name, begin(dtype), model)
+    assert all(torch.equal(x, before) for x, before in kept)
+
+
 @pytest.mark.parametrize("answer", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ALL)
 def test_a_model_may_answer_in_another_dtype(name, answer):
