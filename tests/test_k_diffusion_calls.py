@@ -141,6 +141,27 @@ def test_a_model_that_answers_with_its_input(name):
 
 
 @pytest.mark.parametrize("name", ALL)
+def test_a_model_may_answer_with_one_image(name):
+    image = torch.randn(4, 3, 3, generator=torch.Generator().manual_seed(1))
+    got = call(name, begin(), lambda x, sigma: image)
+    assert_same_bits(got, call(name, begin(), lambda x, sigma: image.expand(x.shape).clone()))
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    ("answer", "error", "got"),
+    [
+        (lambda x: (x,), TypeError, "a floating-point tensor, got tuple"),
+        (lambda x: x.long(), TypeError, "a floating-point tensor, got torch.int64"),
+        (lambda x: x[..., :2], ValueError, "the shape of x (2, 4, 3, 3), got (2, 4, 3, 2)"),
+    ],
+)
+def test_answers_of_a_model_are_checked(name, answer, error, got):
+    with pytest.raises(error, match=re.escape(f"{name}: model must return {got}")):
+        call(name, begin(), lambda x, sigma: answer(x))
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_no_gradient_is_recorded(name):
     weight = torch.ones((), requires_grad=True)
     assert not call(name, begin(), lambda x, s: weight * network(x, s)).requires_grad

@@ -64,6 +64,21 @@ def state_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def answer_of(where: str, output: Any, x: Tensor) -> Tensor:
+    """What the model returned, of the shape of x: as in k-diffusion, one image may be all."""
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        got = str(output.dtype) if isinstance(output, Tensor) else type(output).__name__
+        raise TypeError(f"{where}: model must return a floating-point tensor, got {got}")
+    if output.shape == x.shape:
+        return output
+    try:
+        return output.expand(x.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"{where}: model must return the shape of x {tuple(x.shape)}, got {tuple(output.shape)}"
+        ) from None
+
+
 def noise_of(where: str, source: Source, span: tuple[Any, Any], x: Tensor) -> Tensor:
     """One tensor of noise, of the shape and on the device of x."""
     assert source.sample is not None  # else the kernel draws
@@ -124,7 +139,7 @@ def run(
             elif plan.churn[i]:
                 state.advance(None, table, rows[0] - 1, **slots)
             for row in rows:
-                output = model(state.given, levels[row], **extra)
+                output = answer_of(where, model(state.given, levels[row], **extra), x)
                 if callback is not None and row == rows[0]:
                     callback(info(i, state.given, output))
                 uncond = None
