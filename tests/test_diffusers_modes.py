@@ -85,3 +85,11 @@ def test_tangents_and_transforms_are_those_of_diffusers():
         ))  # fmt: skip
     for theirs, ours in zip(*found, strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_get_of_an_output_that_is_not_computed_yet():
+    theirs, ours = pair("DDIMScheduler")
+    call = (output(0), ours.timesteps[0], output(1))
+    for key in ("pred_original_sample", "prev_sample"):
+        same(ours.step(*call).get(key), theirs.step(*call).get(key))
+    assert ours.step(*call).get("absent", 3) == 3

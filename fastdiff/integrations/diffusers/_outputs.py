@@ -118,6 +118,10 @@ class _LaterFields:
                 OrderedDict.__setitem__(self, name, value.value())
                 self.__dict__[f"_{name}"] = value.value()
 
+    def get(self, key: Any, default: Any = None) -> Any:
+        self._fill()
+        return super().get(key, default)  # type: ignore[misc]
+
     def items(self) -> Any:
         self._fill()
         return super().items()  # type: ignore[misc]
