@@ -93,3 +93,13 @@ def test_get_of_an_output_that_is_not_computed_yet():
     for key in ("pred_original_sample", "prev_sample"):
         same(ours.step(*call).get(key), theirs.step(*call).get(key))
     assert ours.step(*call).get("absent", 3) == 3
+
+
+@pytest.mark.parametrize(("rest", "named"), [((0.5,), {"eta": 0.3}), ((0.0,) * 9, {})])
+def test_arguments_twice_and_too_many_are_refused_as_diffusers_does(rest, named):
+    messages = []
+    for scheduler in pair("DDIMScheduler"):
+        with pytest.raises(TypeError, match=r"multiple values|positional arguments") as error:
+            scheduler.step(output(0), scheduler.timesteps[0], output(1), *rest, **named)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]

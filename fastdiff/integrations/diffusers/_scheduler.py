@@ -57,7 +57,10 @@ class DropIn(Draws):
         named: dict[str, Any],
     ) -> Any:
         if rest:
-            named.update(zip(self._fd_names, rest, strict=False))
+            placed = dict(zip(self._fd_names, rest, strict=False))
+            if len(placed) < len(rest) or placed.keys() & named.keys():  # it says what is wrong
+                return self._fd_peer.step(self, model_output, timestep, sample, *rest, **named)
+            named.update(placed)
         if not named.keys() <= self._fd_known:  # diffusers' own step names the one it does not know
             return self._fd_peer.step(self, model_output, timestep, sample, **named)
         if is_dynamo_compiling():
