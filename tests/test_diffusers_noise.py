@@ -124,3 +124,31 @@ def test_the_source_of_noise_is_part_of_the_config():
         diffusers.DDPMScheduler.from_config(drop_ins.DDPMScheduler().config)
     with pytest.raises(ValueError, match="noise must be one of"):
         drop_ins.DDPMScheduler(noise="philox")
+
+
+def test_generators_that_are_seeded_anew_without_a_new_grid():
+    """DDPM goes by the timestep, so that several pictures may follow one `set_timesteps`."""
+    scheduler = drop_ins.DDPMScheduler(noise="counter")
+    scheduler.set_timesteps(4)
+    x, t = output(0), scheduler.timesteps[0]
+
+    def step(generator):
+        return scheduler.step(output(1), t, x, generator=generator).prev_sample
+
+    one, several = torch.Generator(), seeded(1, 2)
+    first, second = (step(one.manual_seed(seed)) for seed in (1, 7))
+    assert torch.equal(step(one.manual_seed(1)), first)
+    assert not torch.equal(second, first)
+    before = step(several)
+    several[0] = torch.Generator().manual_seed(7)
+    assert torch.equal(before[:1], first[:1])
+    assert torch.equal(step(several)[:1], second[:1])
+
+
+@pytest.mark.parametrize(("generator", "got"), [(7, "int"), ([torch.Generator(), None], "one of ")])
+def test_what_is_no_generator_is_refused(generator, got):
+    scheduler = drop_ins.DDPMScheduler(noise="counter")
+    scheduler.set_timesteps(4)
+    rule = r"step: generator must be a torch\.Generator or a list of them, got " + got
+    with pytest.raises(TypeError, match=rule):
+        scheduler.step(output(1), scheduler.timesteps[0], output(0), generator=generator)

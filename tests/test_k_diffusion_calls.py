@@ -96,6 +96,20 @@ def test_a_callback_may_keep_what_it_sees(name):
     assert_same_bits(call(name, begin(), network), got)
 
 
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_may_keep_what_it_sees(name, dtype):
+    """A wrapper that records the trajectory, or compares an input with earlier ones."""
+    kept = []
+
+    def model(x, sigma):
+        kept.append((x, x.clone()))
+        return network(x, sigma)
+
+    call(name, begin(dtype), model)
+    assert all(torch.equal(x, before) for x, before in kept)
+
+
 @pytest.mark.parametrize("answer", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ALL)
 def test_a_model_may_answer_in_another_dtype(name, answer):
@@ -124,6 +138,27 @@ def test_a_model_that_answers_with_its_input(name):
     """Its answer lies in the memory of the state."""
     x = begin()
     assert_same_bits(call(name, x, lambda x, s: x), call(name, x, lambda x, s: x.clone()))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_model_may_answer_with_one_image(name):
+    image = torch.randn(4, 3, 3, generator=torch.Generator().manual_seed(1))
+    got = call(name, begin(), lambda x, sigma: image)
+    assert_same_bits(got, call(name, begin(), lambda x, sigma: image.expand(x.shape).clone()))
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    ("answer", "error", "got"),
+    [
+        (lambda x: (x,), TypeError, "a floating-point tensor, got tuple"),
+        (lambda x: x.long(), TypeError, "a floating-point tensor, got torch.int64"),
+        (lambda x: x[..., :2], ValueError, "the shape of x (2, 4, 3, 3), got (2, 4, 3, 2)"),
+    ],
+)
+def test_answers_of_a_model_are_checked(name, answer, error, got):
+    with pytest.raises(error, match=re.escape(f"{name}: model must return {got}")):
+        call(name, begin(), lambda x, sigma: answer(x))
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -120,6 +120,17 @@ def test_the_loop_of_the_library(solver):
     assert len({s["x"].data_ptr() for s in seen}) == len(seen)
 
 
+def test_a_model_may_keep_what_it_sees():
+    kept = []
+
+    def denoiser(x, sigma):
+        kept.append((x, x.clone()))
+        return one(x, sigma)
+
+    walk(table_of("dpmpp_2m"), denoiser, start(), grid("ve"))
+    assert all(torch.equal(x, before) for x, before in kept)
+
+
 def test_the_path_of_the_library():
     table = table_of("euler_ancestral")
     noise = start(dtype=torch.float32) / LEVELS[0]

@@ -310,8 +310,6 @@ def walk(
     levels = torch.tensor(sigmas, dtype=x.dtype, device=x.device)
     history = history_slots(rows.depth, state)
     y = torch.empty_like(state) if rows.anchored else None
-    spare = torch.empty_like(state) if callback is None else None
-    own = state is not x  # whether the state is in memory that may be written to
     step, told = -1, True
     with _bar(len(starts), disable) as advance:
         for i, row in enumerate(table.rows):
@@ -331,18 +329,14 @@ def walk(
                 other = None if other is None else other.to(dtype)
             if handover is not None and (term := handover.term(i)) is not None:
                 output, other = (output, term) if row.evaluates else (term, None)
-            before = state
+            # in new memory: a model or a callback may keep what it was shown
             state = reverse_step(
-                before, output, rows, i,
-                uncond=other, y=y, history=history, seeds=seeds,
-                out=spare,  # none with a callback, which may keep what it was shown
-            )  # fmt: skip
+                state, output, rows, i, uncond=other, y=y, history=history, seeds=seeds
+            )
             if handover is not None:
                 handover.add(i, state, y)
             if path is not None and seeds is not None:
                 path.add(i, state, y, seeds, None)
-            if callback is None:
-                spare, own = before if own else torch.empty_like(before), True
             if i + 1 == len(table) or i + 1 in starts:
                 advance()
     return state.to(x.dtype)

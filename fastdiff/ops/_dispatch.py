@@ -4,7 +4,7 @@ is wanted, else through autograd or torch's dispatcher, which cost microseconds 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,20 +27,27 @@ def traced(tensors: Sequence[Any]) -> bool:
 
 def values_only(tensors: Sequence[Any]) -> bool:
     """Whether no derivative, transform or trace is under way; arguments may be unchecked still."""
-    if (
+    return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() != 0
+        or transformed(tensors)
+    )
+
+
+def transformed(tensors: Iterable[Any]) -> bool:
+    """Whether a derivative is wanted, or a transform of torch.func is under way."""
+    if (
         # a tensor that a transform wraps has no memory of its own
-        or torch._C._are_functorch_transforms_active()
+        torch._C._are_functorch_transforms_active()
         # forward mode is refused by the Functions: a tangent must not be lost in silence
         or forward_ad._current_level >= 0
     ):
-        return False
+        return True
     if torch.is_grad_enabled():
         for t in tensors:
             if isinstance(t, torch.Tensor) and t.requires_grad:
-                return False
-    return True
+                return True
+    return False
 
 
 class Differentiable:

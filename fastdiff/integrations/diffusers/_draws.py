@@ -9,7 +9,13 @@ from torch import Tensor
 
 from fastdiff.integrations.diffusers._answers import Answer
 from fastdiff.integrations.diffusers._moves import Move
-from fastdiff.integrations.diffusers._noise import CounterPath, brownian_tree, drawn, seeds_of
+from fastdiff.integrations.diffusers._noise import (
+    CounterPath,
+    brownian_tree,
+    drawn,
+    initial_seeds,
+    seeds_of,
+)
 from fastdiff.integrations.diffusers._plan import Runtime
 from fastdiff.integrations.diffusers._trace import NOISE
 from fastdiff.ops.noise import Stream, randn
@@ -42,9 +48,10 @@ class Draws:
     def _seeds(self, generator: Any, x: Tensor) -> Tensor:
         """(N,) seeds of the samples, the same in every step of a run."""
         runtime = self._fastdiff
-        of = (generator, len(x), x.device)
+        # by number: a generator, or a list of them, may be seeded anew for the next picture
+        of = (initial_seeds(generator), len(x), x.device)
         if runtime.seeds is None or runtime.seeds[0] != of:
-            runtime.seeds = of, seeds_of(generator, len(x)).to(x.device)
+            runtime.seeds = of, seeds_of(of[0], len(x)).to(x.device)
         return runtime.seeds[1]
 
     def _draw(

@@ -19,17 +19,34 @@ _FAST = (torch.float32, torch.bfloat16, torch.float16)
 SOURCES = ("generator", "counter")
 
 
-def seeds_of(generator: Any, samples: int) -> Tensor:
-    """(N,) seeds: of a list of generators their own, of one the seed s and s+1, s+2, ... behind it.
+def initial_seeds(generator: Any) -> int | tuple[int, ...] | None:
+    """The seed of a generator, those of several, or None without."""
+    several = isinstance(generator, (list, tuple))
+    for one in generator if several else (generator,):
+        if not isinstance(one, torch.Generator) and (several or one is not None):
+            raise TypeError(
+                "step: generator must be a torch.Generator or a list of them, "
+                f"got {'one of ' if several else ''}{type(one).__name__}"
+            )
+    if several:
+        return tuple([one.initial_seed() % 2**64 for one in generator])
+    return None if generator is None else generator.initial_seed() % 2**64
+
+
+def seeds_of(initial: int | tuple[int, ...] | None, samples: int) -> Tensor:
+    """(N,) seeds: of several generators their own, of one the seed s and s+1, s+2, ... behind it.
 
     Without a generator torch's global one draws a seed.
+
+    Args:
+        initial: from `initial_seeds`.
+        samples: N.
     """
-    if isinstance(generator, (list, tuple)):
-        return as_seeds([g.initial_seed() % 2**64 for g in generator], samples)
-    if generator is None:
+    if isinstance(initial, tuple):
+        return as_seeds(initial, samples)
+    if initial is None:
         return as_seeds(int(torch.randint(2**62, ())), samples)
-    first = generator.initial_seed()
-    return as_seeds([(first + i) % 2**64 for i in range(samples)], samples)
+    return as_seeds([(initial + i) % 2**64 for i in range(samples)], samples)
 
 
 class CounterPath:

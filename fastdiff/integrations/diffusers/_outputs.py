@@ -22,6 +22,8 @@ def version(t: Tensor) -> int:
 class Later:
     """An output that has not been computed.
 
+    One made of tensors of inference mode is computed at once: a write to these leaves no trace.
+
     Args:
         what: its name, for the error.
         make: computes output k.
@@ -35,7 +37,8 @@ class Later:
     ) -> None:
         self._what, self._made, self._reads = what, (make, k), reads
         self._versions = [version(t) for t in reads]
-        self._value: Tensor | None = None
+        unseen = any(t.is_inference() for t in reads)
+        self._value: Tensor | None = make(k) if unseen else None
 
     def value(self) -> Tensor:
         """The output, computed once.
@@ -114,6 +117,10 @@ class _LaterFields:
             if isinstance(value, Later):
                 OrderedDict.__setitem__(self, name, value.value())
                 self.__dict__[f"_{name}"] = value.value()
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        self._fill()
+        return super().get(key, default)  # type: ignore[misc]
 
     def items(self) -> Any:
         self._fill()

@@ -206,18 +206,21 @@ class Runtime:
     def history(self, x: Tensor) -> Tensor:
         """The slots of the history, all of them views of one tensor."""
         if self.ring is None:
-            if self.like[3] == torch.contiguous_format:
-                self.ring = torch.empty((HISTORY_SLOTS, *x.shape), dtype=x.dtype, device=x.device)
-            else:
-                self.ring = torch.stack([torch.empty_like(x)] * HISTORY_SLOTS)
-            self.views = list(self.ring.unbind(0))
+            with torch.inference_mode(False):  # its tensors could not be written to outside of it
+                if self.like[3] == torch.contiguous_format:
+                    shape = HISTORY_SLOTS, *x.shape
+                    self.ring = torch.empty(shape, dtype=x.dtype, device=x.device)
+                else:
+                    self.ring = torch.stack([torch.empty_like(x)] * HISTORY_SLOTS)
+                self.views = list(self.ring.unbind(0))
             self.slots = {id(view): i for i, view in enumerate(self.views)}
         return self.ring
 
     def anchor(self, x: Tensor) -> Tensor:
         """The buffer of the anchor."""
         if self.buffer is None:
-            self.buffer = torch.empty_like(x)
+            with torch.inference_mode(False):
+                self.buffer = torch.empty_like(x)
         return self.buffer
 
     def place(self, t: Tensor) -> int:

@@ -17,6 +17,7 @@ from fastdiff.integrations.diffusers._moves import ANCHOR, FOREIGN, Move, held
 from fastdiff.integrations.diffusers._outputs import Later, LaterTuple, later_output
 from fastdiff.integrations.diffusers._plan import OWN, Plan, Runtime, find, signature, tensors_of
 from fastdiff.integrations.diffusers._trace import Trace
+from fastdiff.ops._dispatch import transformed
 from fastdiff.ops._layout import memory_format
 from fastdiff.ops.dynamic_threshold import dynamic_threshold
 from fastdiff.ops.reverse_step import reverse_step
@@ -56,19 +57,21 @@ class DropIn(Draws):
         named: dict[str, Any],
     ) -> Any:
         if rest:
-            named.update(zip(self._fd_names, rest, strict=False))
+            placed = dict(zip(self._fd_names, rest, strict=False))
+            if len(placed) < len(rest) or placed.keys() & named.keys():  # it says what is wrong
+                return self._fd_peer.step(self, model_output, timestep, sample, *rest, **named)
+            named.update(placed)
         if not named.keys() <= self._fd_known:  # diffusers' own step names the one it does not know
             return self._fd_peer.step(self, model_output, timestep, sample, **named)
         if is_dynamo_compiling():
             return _compiled.step(self, model_output, timestep, sample, named)
-        graded = torch.is_grad_enabled()
-        if not isinstance(sample, Tensor) or (
-            graded and (sample.requires_grad or model_output.requires_grad)
+        if not isinstance(sample, Tensor) or transformed(
+            (sample, model_output, *named.values(), *self._tensors())
         ):
             if self.config.get("corrected"):
                 raise ValueError(
-                    f"{self._fd_peer.__name__}.step: sample and model_output must not record "
-                    "gradients with corrected=True, got requires_grad"
+                    f"{self._fd_peer.__name__}.step: its tensors must not record gradients with "
+                    "corrected=True, got a derivative or a transform"
                 )
             return self._fd_peer.step(self, model_output, timestep=timestep, sample=sample, **named)
         return_dict = named.pop("return_dict", self._fd_return_dict)
@@ -155,6 +158,17 @@ class DropIn(Draws):
                         named[name] = runtime.number(value)
             key = (place, kind, learned, *given, *named.items())
         return Call(model_output, timestep, sample, generator, named, given, learned, key)
+
+    def _tensors(self) -> list[Any]:
+        """What a step reads besides its arguments, for those who ask for derivatives."""
+        values = self.__dict__
+        if not torch.is_grad_enabled():
+            return []
+        found = [values.get("sigmas"), values.get("alphas_cumprod")]
+        for name in self._fd_state:
+            value = values.get(name)
+            found += value if type(value) is list else (value,)
+        return found
 
     def _find(self, plan: Plan, call: Call, seen: tuple[Any, ...]) -> Move | str:
         """The move of a call that has not been met before, or why it has none."""

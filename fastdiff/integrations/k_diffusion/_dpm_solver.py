@@ -18,7 +18,13 @@ from fastdiff.integrations.k_diffusion._noise import (
     default_noise_sampler,
     source_of,
 )
-from fastdiff.integrations.k_diffusion._run import check_model, noise_of, run, state_dtype
+from fastdiff.integrations.k_diffusion._run import (
+    answer_of,
+    check_model,
+    noise_of,
+    run,
+    state_dtype,
+)
 from fastdiff.integrations.k_diffusion._tables import ends_of, number, plan_of
 from fastdiff.ops.noise import Stream, randn
 
@@ -162,7 +168,7 @@ def sample_dpm_adaptive(
             bar.update()
             sigma = math.exp(-float(times[0]))
             level = torch.full((len(x),), sigma, dtype=x.dtype, device=x.device)
-            denoised = model(states[0].to(x.dtype), level, **extra)
+            denoised = answer_of(where, model(states[0].to(x.dtype), level, **extra), x)
             return (states - denoised.to(states.dtype)) / sigma
 
         def draw(index: int, accepted: int) -> Tensor:

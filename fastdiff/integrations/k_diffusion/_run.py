@@ -13,6 +13,7 @@ from fastdiff._state import history_slots
 from fastdiff.integrations.k_diffusion._noise import Source
 from fastdiff.integrations.k_diffusion._tables import Plan
 from fastdiff.ops._layout import memory_format
+from fastdiff.ops._results import RESULTS
 from fastdiff.ops.reverse_step import reverse_step
 from fastdiff.table import StepTable
 
@@ -23,21 +24,19 @@ Info = Callable[[int, Tensor, Tensor], dict[str, Any]]
 class _State:
     """The state, and what the model is given of it: the same tensor, or one of the dtype of x.
 
-    New ones are made for every row where the callback may keep them, else two serve in turn.
+    Both are new for every row, since a model or a callback may keep what it was shown; memory that
+    nobody holds any more is used again (`ops._results`).
     """
 
-    def __init__(self, x: Tensor, keep: bool) -> None:
+    def __init__(self, x: Tensor) -> None:
         kind = state_dtype(x)
         self.given = x if memory_format(x) is not None else x.contiguous()
         self.x = self.given if x.dtype == kind else self.given.to(kind)
-        self._keep = keep
-        self._spare: dict[torch.dtype, Tensor | None] = {}
-        self._users = x  # never written to
 
     def renoise(self, noise: Tensor, weight: float) -> None:
         """x + weight * noise, noise of any floating dtype."""
-        before, out = self.x, self._other(self.x)
-        self.x = torch.add(before, noise, alpha=weight, out=out)
+        before = self.x
+        self.x = torch.add(before, noise, alpha=weight, out=RESULTS.empty_like(before))
         if self.given.dtype == self.x.dtype:
             self.given = self.x
         else:
@@ -45,18 +44,9 @@ class _State:
 
     def advance(self, output: Tensor | None, table: StepTable, row: int, **slots: Any) -> None:
         """One row of the table."""
-        out = self._other(self.x)
-        given = None if self.given.dtype == self.x.dtype else self._other(self.given)
-        self.x = reverse_step(self.x, output, table, row, out=out, model_input=given, **slots)
+        given = None if self.given.dtype == self.x.dtype else RESULTS.empty_like(self.given)
+        self.x = reverse_step(self.x, output, table, row, model_input=given, **slots)
         self.given = self.x if given is None else given
-
-    def _other(self, now: Tensor) -> Tensor:
-        """Where the tensor after this one goes."""
-        found = self._spare.get(now.dtype)
-        if self._keep or found is None:
-            found = torch.empty_like(now)
-        self._spare[now.dtype] = None if now.data_ptr() == self._users.data_ptr() else now
-        return found
 
 
 def check_model(where: str, model: Any, x: Any, callback: Any) -> None:
@@ -72,6 +62,21 @@ def check_model(where: str, model: Any, x: Any, callback: Any) -> None:
 def state_dtype(x: Tensor) -> torch.dtype:
     """float64 for float64, else float32: what the state is kept in."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def answer_of(where: str, output: Any, x: Tensor) -> Tensor:
+    """What the model returned, of the shape of x: as in k-diffusion, one image may be all."""
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        got = str(output.dtype) if isinstance(output, Tensor) else type(output).__name__
+        raise TypeError(f"{where}: model must return a floating-point tensor, got {got}")
+    if output.shape == x.shape:
+        return output
+    try:
+        return output.expand(x.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"{where}: model must return the shape of x {tuple(x.shape)}, got {tuple(output.shape)}"
+        ) from None
 
 
 def noise_of(where: str, source: Source, span: tuple[Any, Any], x: Tensor) -> Tensor:
@@ -117,7 +122,7 @@ def run(
     """
     extra = {} if extra_args is None else extra_args
     table = plan.drawn if source.sample is None else plan.given
-    state = _State(x, keep=callback is not None)
+    state = _State(x)
     slots = {
         "history": history_slots(table.depth, state.x),
         "y": torch.empty_like(state.x) if table.anchored else None,
@@ -134,7 +139,7 @@ def run(
             elif plan.churn[i]:
                 state.advance(None, table, rows[0] - 1, **slots)
             for row in rows:
-                output = model(state.given, levels[row], **extra)
+                output = answer_of(where, model(state.given, levels[row], **extra), x)
                 if callback is not None and row == rows[0]:
                     callback(info(i, state.given, output))
                 uncond = None
