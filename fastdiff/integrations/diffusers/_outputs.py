@@ -37,8 +37,7 @@ class Later:
     ) -> None:
         self._what, self._made, self._reads = what, (make, k), reads
         self._versions = [version(t) for t in reads]
-        unseen = any(t.is_inference() for t in reads)
-        self._value: Tensor | None = make(k) if unseen else None
+        self._value: Tensor | None = make(k) if -1 in self._versions else None
 
     def value(self) -> Tensor:
         """The output, computed once.

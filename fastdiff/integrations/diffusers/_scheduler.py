@@ -65,8 +65,9 @@ class DropIn(Draws):
             return self._fd_peer.step(self, model_output, timestep, sample, **named)
         if is_dynamo_compiling():
             return _compiled.step(self, model_output, timestep, sample, named)
+        graded = torch.is_grad_enabled()
         if not isinstance(sample, Tensor) or transformed(
-            (sample, model_output, *named.values(), *self._tensors())
+            (sample, model_output, *named.values(), *self._tensors()) if graded else ()
         ):
             if self.config.get("corrected"):
                 raise ValueError(
@@ -162,8 +163,6 @@ class DropIn(Draws):
     def _tensors(self) -> list[Any]:
         """What a step reads besides its arguments, for those who ask for derivatives."""
         values = self.__dict__
-        if not torch.is_grad_enabled():
-            return []
         found = [values.get("sigmas"), values.get("alphas_cumprod")]
         for name in self._fd_state:
             value = values.get(name)
@@ -334,10 +333,16 @@ class DropIn(Draws):
         """A shallow copy with buffers of its own."""
         twin = self.__class__.__new__(self.__class__)
         twin.__dict__.update(self.__dict__, _fastdiff=Runtime(self._fastdiff.in_place))
+
+        def own(value: Any) -> Any:
+            if isinstance(value, list):
+                return [own(v) for v in value]
+            kept = isinstance(value, Tensor) and self._fastdiff.place(value) != FOREIGN
+            return value.clone() if kept else value
+
         for name in self._fd_state:
-            value = self.__dict__.get(name)
-            if isinstance(value, Tensor) and self._fastdiff.place(value) != FOREIGN:
-                twin.__dict__[name] = value.clone()
+            if name in self.__dict__:
+                twin.__dict__[name] = own(self.__dict__[name])
         return twin
 
     def _refresh(self) -> Plan:
