@@ -155,7 +155,7 @@ def machine(device: str) -> dict[str, Any]:
     """What a reader needs to judge a figure and its time."""
     return {
         "cpu": cpu_model(),
-        "device": device if device == "cpu" else torch.cuda.get_device_name(device),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

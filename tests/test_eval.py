@@ -281,6 +281,14 @@ def test_without_matplotlib_the_figures_are_written(small, folder, tmp_path, mon
     assert not (tmp_path / "eval_small.png").exists()
 
 
+def test_the_cpu_by_its_number_is_the_cpu(small, folder, tmp_path):
+    words = [small, "--data", folder, "--images", 2, "--method", "vlb", "--draws", 2]
+    for name in ("cpu", "cpu:0"):
+        assert run(*words, "--device", name, "--out", tmp_path / name) == 0
+    one, other = (row_of(tmp_path / name) for name in ("cpu", "cpu:0"))
+    assert one["machine"] == other["machine"] and one["vlb"] == other["vlb"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
