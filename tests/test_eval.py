@@ -242,6 +242,25 @@ def test_a_flow_that_was_saved(tmp_path, capsys):
     assert "nats a point" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        (np.zeros((0, 2)), "data must hold at least 2 points, got 0"),
+        (np.zeros((1, 2)), "data must hold at least 2 points, got 1"),
+        (np.array([[0, 0], [np.nan, 0]]), r"log-likelihood is finite in float32, got [nan, 0.0] at"),
+        (np.array([[1e300, 0], [0, 0]]), "log-likelihood is finite in float32, got [1e+300, 0.0]"),
+        (np.zeros((3, 2), ">f8"), None),
+        (np.zeros((3, 2), np.longdouble), None),
+    ],
+)
+def test_points_that_have_figures_and_others(tmp_path, capsys, points, message):
+    path = checkpoints.save(tmp_path / "nvp", RealNVP(2, 2, 8), None, {"name": "nvp"})
+    np.save(tmp_path / "points.npy", points)
+    words = [path, "--data", tmp_path / "points.npy", "--out", tmp_path]
+    assert run(*words) == (0 if message is None else 2)
+    assert message is None or message in capsys.readouterr().err
+
+
 def test_the_shipped_model_is_scored_and_its_bound_lies_above_its_ode():
     """benchmarks/results holds figures of the weights that are shipped."""
     results = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
