@@ -279,6 +279,8 @@ def test_a_process_ends_with_an_engine_at_work() -> None:
     assert done.stderr == ""
 
 
+HUGE = 10**400  # larger than any float
+
 # what a user gets wrong: the field, and what is said of it
 WRONG = (
     ({"stepz": 3}, TypeError, "submit: fields must be among seeds, solver, .*, got 'stepz'"),
@@ -299,6 +301,11 @@ WRONG = (
     ({"guidance_rescale": torch.ones(1)}, TypeError, "submit: guidance_rescale must be a number"),
     ({"guidance_rescale": 2.0}, ValueError, r"guidance_rescale must lie in \[0, 1\], got 2.0"),
     ({"clip": -1.0}, ValueError, "submit: clip must not be negative, got -1.0"),
+    ({"guidance": 1e39}, ValueError, "guidance must be finite, got 1e\\+39"),
+    ({"guidance": HUGE}, ValueError, "guidance must be finite, got 1000"),
+    ({"guidance_rescale": HUGE}, ValueError, "guidance_rescale must be finite, got 1000"),
+    ({"clip": HUGE}, ValueError, "clip must be finite, got 1000"),
+    ({"deadline": HUGE}, ValueError, "submit: deadline must be finite and above 0, got 1000"),
     ({"cond": {"text": 3}}, ValueError, "submit: cond must be among label, got 'text'"),
     ({"cond": 3}, TypeError, "submit: cond must be a mapping, got 3"),
     ({"cond": {"label": 1.5}}, TypeError, "submit: cond label must be torch.int64, got "),

@@ -230,6 +230,8 @@ BODIES = (
     ({"cond": {"label": 99.5}}, 422, "submit: cond label must be torch.int64"),
     ({"cond": {"label": {}}}, 422, "submit: cond label must be numbers or a tensor, got {}"),
     ({"label": "boat"}, 422, "sample: label must be 0 to 1 or one of bag, boot, got 'boat'"),
+    ({"deadline": 10**400}, 422, "submit: deadline must be finite and above 0"),
+    ({"guidance": 10**400}, 422, "Sampler: guidance must be finite"),
     ({"label": []}, 422, "submit: cond label must "),
     ({"label": 1, "cond": {"label": 1}}, 422, "samples: cond must be an object without label"),
     ({"deadline": -1}, 422, "submit: deadline must be finite and above 0, got -1"),
