@@ -102,7 +102,9 @@ class Planner:
         max_steps: int,
     ) -> None:
         _check_names("defaults", defaults)
-        self.null, self.defaults, self.max_steps = dict(null), dict(defaults), max_steps
+        # copies: the caller may use the tensors again
+        self.null = {key: value.detach().clone() for key, value in null.items()}
+        self.defaults, self.max_steps = dict(defaults), max_steps
         self._prediction = prediction
 
         # typed: eta=1 is a number and eta=True is none
@@ -152,7 +154,7 @@ class Planner:
         return Plan(
             request=request,
             table=table,
-            seeds=seeds,
+            seeds=seeds.clone(),  # the caller may use the tensor again while the request waits
             weights=tuple(float(row.weight) for row in rows),
             calls=calls,
             phis=tuple(float(row.phi or 0) for row in rows),
