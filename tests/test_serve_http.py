@@ -230,6 +230,7 @@ BODIES = (
     ({"cond": {"label": 99.5}}, 422, "submit: cond label must be torch.int64"),
     ({"cond": {"label": {}}}, 422, "submit: cond label must be numbers or a tensor, got {}"),
     ({"label": "boat"}, 422, "sample: label must be 0 to 1 or one of bag, boot, got 'boat'"),
+    ({"label": "bag,boot"}, 422, "sample: label must be 0 to 1 or one of bag, boot, got 'bag,bo"),
     ({"deadline": 10**400}, 422, "submit: deadline must be finite and above 0"),
     ({"guidance": 10**400}, 422, "Sampler: guidance must be finite"),
     ({"label": []}, 422, "submit: cond label must "),

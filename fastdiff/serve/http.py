@@ -20,7 +20,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
-from fastdiff._cli_sample import parse_labels
+from fastdiff._cli_sample import parse_label
 from fastdiff.data import encode_png
 from fastdiff.serve._queue import QueueFull
 from fastdiff.serve.engine import Closed, Engine
@@ -144,7 +144,7 @@ class _Service:
                     f"samples: label must be left out for a model without classes, got {label!r}"
                 )
             several = label if isinstance(label, list) else [label]
-            numbers = [parse_labels(str(one), self.classes)[0] for one in several]
+            numbers = [parse_label(str(one), self.classes) for one in several]
             cond = body.get("cond", {})
             if not isinstance(cond, dict) or "label" in cond:
                 raise ValueError(f"samples: cond must be an object without label, got {cond!r}")
