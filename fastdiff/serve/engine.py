@@ -216,6 +216,8 @@ class Engine:
             # an int may be larger than any float
             if not 0 < deadline <= sys.float_info.max:
                 raise ValueError(f"submit: deadline must be finite and above 0, got {deadline}")
+        if not (callback is None or callable(callback)):
+            raise TypeError(f"submit: callback must be callable, got {callback!r}")
         plan = self.plan(**fields)
         expires = None if deadline is None else self._clock() + deadline
         job = Job(plan, client, expires, callback)
