@@ -193,6 +193,16 @@ def test_latents_are_draws_of_the_posterior(of, trained):
     assert not torch.equal(found, run.objective.clean(index, 10))
 
 
+@pytest.mark.parametrize("count", (40, 25, 3))
+def test_an_autoencoder_is_shown_on_the_images_that_there_are(of, tmp_path, count):
+    objective = training.Run(of("autoencoder")).objective
+    objective.images = objective.images[:count]
+    objective.show(objective.build(), tmp_path / "shown.png")
+    size = {40: (320, 256), 25: (320, 128), 3: (96, 64)}[count]
+    with Image.open(tmp_path / "shown.png") as shown:
+        assert shown.size == size
+
+
 def test_the_autoencoder_stays_as_it_was(of, trained):
     config = of("latent", steps=3)
     model, _, card = checkpoints.load(training.train(config))
