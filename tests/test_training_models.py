@@ -282,4 +282,5 @@ def test_size_of_a_data_set(folder):
     small, large = (data.load("fashion", folder, size) for size in (28, 32))
     assert small.images.shape == (COUNT, 1, 28, 28)
     assert torch.equal(small.images, large.images[..., 2:30, 2:30])
+    assert f"{COUNT} images" in small.name
     assert "28x28" in small.name and "padded to 32x32" in large.name
