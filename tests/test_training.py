@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -119,6 +120,8 @@ def test_a_run_starts_as_the_first_release_did(config):
 def test_command_gives_the_config_back(config):
     for c in (config, TrainConfig(out="x"), replace(config, channels=(32, 64), lr=2.5e-4)):
         assert training.parse(c.command().split()[2:]) == c
+    spaced = TrainConfig(out="my runs/a's", data="the data")
+    assert training.parse(shlex.split(spaced.command())[2:]) == spaced
     assert TrainConfig(out="x", resume=True).command() == "fastdiff train --out x"
 
 

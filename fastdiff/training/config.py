@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -195,15 +197,15 @@ class TrainConfig:
 
     def command(self) -> str:
         """The command line that gives this config, defaults left out."""
-        words, own = ["fastdiff train"], DEFAULTS[self.model]
+        words, own = ["fastdiff", "train"], DEFAULTS[self.model]
         for f in fields(self):
             value = getattr(self, f.name)
             if f.name == "resume" or (f.name != "out" and value == own.get(f.name, f.default)):
                 continue
             words.append(f"--{f.name.replace('_', '-')}")
             if not isinstance(value, bool):
-                words.append(" ".join(map(str, value)) if isinstance(value, tuple) else str(value))
-        return " ".join(words)
+                words.extend(map(str, value if isinstance(value, tuple) else (value,)))
+        return shlex.join(words)
 
 
 def defaults_of(model: str) -> Mapping[str, Any]:
