@@ -270,6 +270,8 @@ def test_checkpoint_is_whole_or_absent(config, monkeypatch):
         ({"max_minutes": -1.0}, "max_minutes must be >= 0"),
         ({"lr": 0.0}, "lr must be > 0"),
         ({"lr": math.nan}, "lr must be > 0, got nan"),
+        ({"name": "sub/x"}, "name must be that of a file in out, got 'sub/x'"),
+        ({"name": ".."}, r"name must be that of a file in out, got '\.\.'"),
         ({"ema": 1.0}, r"ema must lie in \[0, 1\)"),
         ({"dtype": "int8"}, "dtype must be 'bfloat16' or 'float32', got 'int8'"),
         ({"prediction": "noise"}, "prediction must be one of"),

@@ -6,6 +6,7 @@ import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from fastdiff.data import DATASETS
@@ -169,6 +170,9 @@ class TrainConfig:
         for key in ("ema", "label_dropout"):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"train: {key} must lie in [0, 1), got {getattr(self, key)}")
+        # Path("..").name is ".." too
+        if self.name and (Path(self.name).name != self.name or self.name == ".."):
+            raise ValueError(f"train: name must be that of a file in out, got {self.name!r}")
         choices = {
             "prediction": ("epsilon", "sample", "v_prediction"),
             "likelihood": LIKELIHOODS,
