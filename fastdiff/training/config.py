@@ -167,6 +167,10 @@ class TrainConfig:
         for key in ("lr", "clip", "scale"):
             if not getattr(self, key) > 0:
                 raise ValueError(f"train: {key} must be > 0, got {getattr(self, key)}")
+        # of the others, infinity has a meaning: no clipping, no limit
+        for key in ("balance", "weight_decay", "guidance", "beta", "lr", "scale"):
+            if not math.isfinite(getattr(self, key)):
+                raise ValueError(f"train: {key} must be finite, got {getattr(self, key)}")
         for key in ("ema", "label_dropout"):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"train: {key} must lie in [0, 1), got {getattr(self, key)}")
