@@ -22,6 +22,7 @@ from starlette.concurrency import run_in_threadpool
 
 from fastdiff._cli_sample import parse_label
 from fastdiff.data import encode_png
+from fastdiff.models import LatentDiffusion
 from fastdiff.serve._queue import QueueFull
 from fastdiff.serve.engine import Closed, Engine
 from fastdiff.serve.job import DeadlineExceeded, Job
@@ -253,6 +254,8 @@ def create_app(engine: Engine, *, keep: int = 1024) -> FastAPI:
         raise ValueError(
             f"serve: images must have shape (1, h, w) or (3, h, w), got {engine.shape}"
         )
+    if isinstance(engine.model.model, LatentDiffusion):
+        raise ValueError("serve: model must make images, got one of latents, to be decoded")
     service = _Service(engine, keep)
 
     @contextlib.asynccontextmanager
