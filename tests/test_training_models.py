@@ -193,6 +193,12 @@ def test_latents_are_draws_of_the_posterior(of, trained):
     assert not torch.equal(found, run.objective.clean(index, 10))
 
 
+def test_a_trained_autoencoder_is_scored(trained, folder, tmp_path):
+    words = ["eval", str(trained), "--data", str(folder), "--images", "4", "--out", str(tmp_path)]
+    assert cli.main(words) == 0
+    assert (tmp_path / "eval_autoencoder.json").is_file()
+
+
 @pytest.mark.parametrize("count", (40, 25, 3))
 def test_an_autoencoder_is_shown_on_the_images_that_there_are(of, tmp_path, count):
     objective = training.Run(of("autoencoder")).objective

@@ -85,7 +85,10 @@ class AutoencoderTraining(Objective):
     def card(self, model: nn.Module) -> dict[str, Any]:
         c = self.config
         what = f"-E_q[log p(x|z)] + {c.beta:g} KL, nats"
-        return {"objective": f"{what}; {c.likelihood} likelihood of scale {c.scale:g}"}
+        return {
+            "objective": f"{what}; {c.likelihood} likelihood of scale {c.scale:g}",
+            "sampling": {"shape": list(self.images.shape[1:])},  # by which `fastdiff eval` goes
+        }
 
 
 @torch.no_grad()
