@@ -155,7 +155,7 @@ def machine(device: str) -> dict[str, Any]:
     """What a reader needs to judge a figure and its time."""
     return {
         "cpu": cpu_model(),
-        "device": device if device == "cpu" else torch.cuda.get_device_name(device),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -240,9 +240,19 @@ def _flow(args: argparse.Namespace, model: RealNVP) -> dict[str, Any]:
         raise ValueError(
             f"eval: data must be floating-point (N, {model.dim}), got {points.dtype} {points.shape}"
         )
+    if len(points) < 2:  # a standard error is asked of them
+        raise ValueError(f"eval: data must hold at least 2 points, got {len(points)}")
+    with np.errstate(over="ignore"):  # torch knows neither other byte orders nor longer floats
+        every = torch.from_numpy(points.astype(np.float32))
     with torch.no_grad():
-        parts = torch.split(torch.from_numpy(points).float(), 4096)
+        parts = torch.split(every, 4096)
         nats = -torch.cat([model.log_prob(part.to(args.device)).double().cpu() for part in parts])
+    wrong = (~nats.isfinite()).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(
+            "eval: data must be points whose log-likelihood is finite in float32, got "
+            f"{points[wrong[0]].tolist()} at {wrong[0]}"
+        )
     found: dict[str, Any] = {
         "kind": "flow",
         "data": {"name": path.name, "images": len(points)},

@@ -102,19 +102,24 @@ def parse_labels(text: str | None, classes: list[str]) -> list[int]:
     """
     if text is None:
         return list(range(len(classes)))
-    lower = [name.lower() for name in classes]
-    labels = []
-    for part in (p.strip().lower() for p in text.split(",")):
-        if part in lower:
-            labels.append(lower.index(part))
-        elif part.isascii() and part.isdigit() and int(part) < len(classes):
-            labels.append(int(part))
-        else:
-            raise ValueError(
-                f"sample: label must be 0 to {len(classes) - 1} or one of "
-                f"{', '.join(classes)}, got {part!r}"
-            )
-    return labels
+    return [parse_label(part, classes) for part in text.split(",")]
+
+
+def parse_label(text: str, classes: list[str]) -> int:
+    """The class of one number or name, in which a comma is part of the name.
+
+    Raises:
+        ValueError: it is no class of the model.
+    """
+    part, lower = text.strip().lower(), [name.lower() for name in classes]
+    if part in lower:
+        return lower.index(part)
+    if part.isascii() and part.isdigit() and int(part) < len(classes):
+        return int(part)
+    raise ValueError(
+        f"sample: label must be 0 to {len(classes) - 1} or one of "
+        f"{', '.join(classes)}, got {part!r}"
+    )
 
 
 def check_writable(path: Path, name: str = "out") -> Path:

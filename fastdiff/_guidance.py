@@ -12,6 +12,7 @@ from torch import Tensor
 from fastdiff.ops.guidance_rescale import guidance_rescale
 from fastdiff.table import Row, StepTable
 
+_LARGEST = torch.finfo(torch.float32).max
 Weight = float | Tensor
 Weights = Weight | Sequence[Weight] | Callable[[int, float], Weight] | None
 
@@ -123,7 +124,8 @@ def check_number(name: str, value: object, *, optional: bool = False) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"Sampler: {name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    # in float32, as the kernels take it; an int may be larger than any float
+    if not abs(value) <= _LARGEST:
         raise ValueError(f"Sampler: {name} must be finite, got {value}")
 
 

@@ -58,7 +58,7 @@ def local_device(name: str, where: str) -> str:
         rule = "be auto, cpu or a device that torch has here"
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{where}: device must {rule}, got {name!r} ({reason})") from None
-    return name
+    return "cpu" if torch.device(name).type == "cpu" else name  # torch has "cpu:0" too
 
 
 class Ranks:

@@ -80,12 +80,19 @@ def save(
         The path of the `.safetensors` file; the card has the same name with `.json`.
 
     Raises:
-        ValueError: the class is unknown, the schedule or "prediction" is missing, or a weight
-        overflows float16.
+        TypeError: the card holds what JSON has no type for, or schedule is none.
+        ValueError: the class is unknown, the schedule or "prediction" is missing, a weight
+        overflows float16, or a number of the card is not finite.
     """
     kind = type(model).__name__
     if kind not in ARCHITECTURES:
         raise ValueError(f"save: model must be one of {sorted(ARCHITECTURES)}, got {kind}")
+    # others may have the name too, as the VAE of `fastdiff.reference` has
+    if not isinstance(getattr(model, "config", None), ARCHITECTURES[kind][1]):
+        rule = f"have a {ARCHITECTURES[kind][1].__name__} as its config, to be built from again"
+        raise ValueError(f"save: model must {rule}, got {type(model).__module__}.{kind}")
+    if not isinstance(schedule, (Schedule, type(None))):
+        raise TypeError(f"save: schedule must be a Schedule or None, got {schedule!r}")
     if (schedule is None) != (kind in _WITHOUT_SCHEDULE):
         rule = "be None" if schedule is not None else "be a Schedule"
         raise ValueError(f"save: schedule must {rule} for a model of class {kind}, got {schedule}")
@@ -108,7 +115,10 @@ def save(
         "parameters": sum(value.numel() for value in state.values()),
         "sha256": hashlib.sha256(raw).hexdigest(),
     }
-    text = json.dumps(full, indent=1, allow_nan=False) + "\n"
+    try:
+        text = json.dumps(full, indent=1, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"save: card and schedule must be JSON, got {error}") from error
     # between the two renames the pair does not match, which the sha256 then tells
     with written_whole(path) as part, written_whole(path.with_suffix(".json")) as card_part:
         # not save_file, which leaves a file that only its owner may read

@@ -1,14 +1,17 @@
 """Checkpoints: what goes in comes out, and nothing damaged or foreign gets in."""
 
 import json
+import math
 import os
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
 from fastdiff import checkpoints, schedules
 from fastdiff.models import UNet, UNetConfig
+from fastdiff.reference.vae import VAE
 
 TINY = UNetConfig(image_size=8, channels=(16,), embed_dim=16, groups=4, head_dim=16)
 
@@ -197,6 +200,15 @@ def test_what_save_refuses(saved, tmp_path):
         checkpoints.save(tmp_path / "x", model, schedules.cosine(), {})
     with pytest.raises(ValueError, match="model must be one of"):
         checkpoints.save(tmp_path / "x", torch.nn.Linear(1, 1), schedules.cosine(), {})
+    with pytest.raises(ValueError, match=r"VAEConfig as its config.*, got fastdiff\.refer"):
+        checkpoints.save(tmp_path / "x", VAE(torch.nn.Identity(), torch.nn.Identity()), None, {})
+    with pytest.raises(TypeError, match="schedule must be a Schedule or None, got 'cosine'"):
+        checkpoints.save(tmp_path / "x", model, "cosine", {"prediction": "sample"})
+    wrong = ((np.float32(1), TypeError, "float32 is not"), (math.nan, ValueError, "Out of range"))
+    for value, kind, message in wrong:
+        card = {"prediction": "sample", "metrics": value}
+        with pytest.raises(kind, match=f"save: card and schedule must be JSON, got .*{message}"):
+            checkpoints.save(tmp_path / "x", model, schedules.cosine(), card)
     with torch.no_grad():
         model.stem.bias[0] = 1e6
     with pytest.raises(ValueError, match=r"finite in float16, got stem\.bias"):

@@ -315,6 +315,8 @@ def test_config_errors(change: dict[str, Any], message: str) -> None:
         ("tiny", {"x": torch.zeros(3, 3, 8, 7)}, ValueError, r"x must have shape \(N, 3, 8, 8\)"),
         ("tiny", {"x": torch.zeros(3, 3, 8, 8, dtype=torch.int32)}, TypeError, "x must be float"),
         ("tiny", {"t": torch.zeros(2)}, ValueError, r"t must have shape \(3,\), got \(2,\)"),
+        ("tiny", {"t": 3}, TypeError, "t must be a tensor, got 3"),
+        ("tiny", {"label": [1, 2, 3]}, TypeError, r"label must be a tensor, got \[1, 2, 3\]"),
         ("tiny", {"label": torch.zeros(3)}, TypeError, r"label must be int64, got torch\.float32"),
         ("tiny", {"label": torch.tensor([1])}, ValueError, r"label must have shape \(3,\)"),
         ("tiny", {"label": torch.tensor([0, 6, -2])}, ValueError,

@@ -242,6 +242,28 @@ def test_a_flow_that_was_saved(tmp_path, capsys):
     assert "nats a point" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        (np.zeros((0, 2)), "data must hold at least 2 points, got 0"),
+        (np.zeros((1, 2)), "data must hold at least 2 points, got 1"),
+        (
+            np.array([[0, 0], [np.nan, 0]]),
+            r"log-likelihood is finite in float32, got [nan, 0",
+        ),
+        (np.array([[1e300, 0], [0, 0]]), "log-likelihood is finite in float32, got [1e+300, 0.0]"),
+        (np.zeros((3, 2), ">f8"), None),
+        (np.zeros((3, 2), np.longdouble), None),
+    ],
+)
+def test_points_that_have_figures_and_others(tmp_path, capsys, points, message):
+    path = checkpoints.save(tmp_path / "nvp", RealNVP(2, 2, 8), None, {"name": "nvp"})
+    np.save(tmp_path / "points.npy", points)
+    words = [path, "--data", tmp_path / "points.npy", "--out", tmp_path]
+    assert run(*words) == (0 if message is None else 2)
+    assert message is None or message in capsys.readouterr().err
+
+
 def test_the_shipped_model_is_scored_and_its_bound_lies_above_its_ode():
     """benchmarks/results holds figures of the weights that are shipped."""
     results = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
@@ -279,6 +301,14 @@ def test_without_matplotlib_the_figures_are_written(small, folder, tmp_path, mon
     assert "no picture: eval: matplotlib must be installed" in capsys.readouterr().out
     assert row_of(tmp_path)["vlb"]["images"] == 2
     assert not (tmp_path / "eval_small.png").exists()
+
+
+def test_the_cpu_by_its_number_is_the_cpu(small, folder, tmp_path):
+    words = [small, "--data", folder, "--images", 2, "--method", "vlb", "--draws", 2]
+    for name in ("cpu", "cpu:0"):
+        assert run(*words, "--device", name, "--out", tmp_path / name) == 0
+    one, other = (row_of(tmp_path / name) for name in ("cpu", "cpu:0"))
+    assert one["machine"] == other["machine"] and one["vlb"] == other["vlb"]
 
 
 @pytest.mark.parametrize(

@@ -247,6 +247,8 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "returned-none": ({"guidance": lambda i, s: None}, TypeError, "must be a number, got NoneType"),
     "returned": ({"guidance": lambda i, s: "2"}, TypeError, "guidance must be a number, got str"),
     "not-finite": ({"guidance": lambda i, s: 1e999}, ValueError, "guidance must be finite"),
+    "beyond-float64": ({"guidance": 10**400}, ValueError, "guidance must be finite"),
+    "beyond-float32": ({"guidance": 1e39}, ValueError, "guidance must be finite"),
     "matrix": ({"guidance": torch.ones(2, 2)}, ValueError, r"one a sample \(N,\), got \(2, 2\)"),
     "interval": ({"guidance_interval": 0.5}, TypeError, r"must be two numbers \(low, high\)"),
     "three": ({"guidance_interval": (1, 2, 3)}, TypeError, r"must be two numbers \(low, high\)"),

@@ -244,6 +244,10 @@ def test_call_errors(x, t, label, error_type, message):
 def test_more_call_errors():
     with pytest.raises(TypeError, match=r"x must be floating point, got torch\.int64"):
         UNet(TINY)(torch.zeros(1, 1, 16, 16, dtype=torch.int64), torch.zeros(1))
+    with pytest.raises(TypeError, match=r"UNet: t must be a tensor, got 3\.0"):
+        UNet(TINY)(torch.zeros(1, 1, 16, 16), 3.0)
+    with pytest.raises(TypeError, match=r"UNet: label must be a tensor, got \[1\]"):
+        UNet(TINY)(torch.zeros(1, 1, 16, 16), torch.zeros(1), [1])
     config = CONFIGS["one_level"]
     with pytest.raises(ValueError, match="label must be None for an unconditional model"):
         UNet(config)(torch.zeros(1, 1, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.int64))

@@ -279,6 +279,8 @@ def test_a_process_ends_with_an_engine_at_work() -> None:
     assert done.stderr == ""
 
 
+HUGE = 10**400  # larger than any float
+
 # what a user gets wrong: the field, and what is said of it
 WRONG = (
     ({"stepz": 3}, TypeError, "submit: fields must be among seeds, solver, .*, got 'stepz'"),
@@ -289,7 +291,8 @@ WRONG = (
     ({"solver": 3}, TypeError, "submit: solver must be a name or a StepTable, got 3"),
     ({"solver": "ddim", "options": {"eta": [1]}}, TypeError, "submit: options must be numbers"),
     ({"spacing": 3}, TypeError, "submit: spacing must be a name or None, got 3"),
-    ({"options": 3}, TypeError, "submit: options must be a mapping, got 3"),
+    ({"options": 3}, TypeError, "submit: options must be a mapping of names, got 3"),
+    ({"options": {1: 2, "a": 3}}, TypeError, "submit: options must be a mapping of names, got {1"),
     ({"options": {"etta": 1}}, TypeError, "build: options of dpmpp_2m must be among"),
     ({"seeds": []}, ValueError, "submit: seeds must not be empty"),
     ({"seeds": "1"}, TypeError, "submit: seeds must be integers, got str"),
@@ -298,8 +301,15 @@ WRONG = (
     ({"guidance": "7"}, TypeError, "guidance must be a number, got str"),
     ({"guidance_rescale": torch.ones(1)}, TypeError, "submit: guidance_rescale must be a number"),
     ({"guidance_rescale": 2.0}, ValueError, r"guidance_rescale must lie in \[0, 1\], got 2.0"),
+    ({"guidance": 1e39}, ValueError, "guidance must be finite, got 1e\\+39"),
+    ({"guidance": HUGE}, ValueError, "guidance must be finite, got 1000"),
+    ({"guidance_rescale": HUGE}, ValueError, "guidance_rescale must be finite, got 1000"),
+    ({"clip": HUGE}, ValueError, "clip must be finite, got 1000"),
+    ({"deadline": HUGE}, ValueError, "submit: deadline must be finite and above 0, got 1000"),
+    ({"callback": 3}, TypeError, "submit: callback must be callable, got 3"),
     ({"clip": -1.0}, ValueError, "submit: clip must not be negative, got -1.0"),
     ({"cond": {"text": 3}}, ValueError, "submit: cond must be among label, got 'text'"),
+    ({"cond": {1: 2, "text": 3}}, ValueError, "submit: cond must be among label, got 1"),
     ({"cond": 3}, TypeError, "submit: cond must be a mapping, got 3"),
     ({"cond": {"label": 1.5}}, TypeError, "submit: cond label must be torch.int64, got "),
     ({"cond": {"label": "boot"}}, TypeError, "submit: cond label must be numbers or a tensor"),
@@ -320,6 +330,29 @@ def test_what_is_wrong_is_said_and_nothing_accepted() -> None:
     message = "guidance must be left out for a model without conditions, got 2.0"
     with engine(lambda x, t: x, null={}) as serving, pytest.raises(ValueError, match=message):
         serving.submit(guidance=2.0)
+
+
+def test_a_bool_is_no_number_that_was_asked_for_before() -> None:
+    with engine() as serving:
+        serving.plan(solver="ddim", options={"eta": 1})
+        with pytest.raises(TypeError, match="eta must be a number, got bool"):
+            serving.plan(solver="ddim", options={"eta": True})
+
+
+def test_tensors_of_the_caller_may_change_while_a_request_waits(gate: Gate) -> None:
+    seeds, null = torch.tensor([1, 2]), torch.tensor(-1)
+    with engine(gate, slots=1, null={"label": null}) as serving:
+        first = serving.submit(steps=1)
+        gate.wait()
+        waits = serving.submit(seeds=seeds, steps=1)
+        seeds += 7
+        null += 3
+        gate.open(100)
+        first.result(WAIT)
+        assert_same_bits(waits.result(WAIT), serving.alone(seeds=[1, 2], steps=1))
+        assert_same_bits(
+            waits.result(WAIT), serving.alone(seeds=[1, 2], steps=1, cond={"label": -1})
+        )
 
 
 def test_a_table_of_the_callers() -> None:

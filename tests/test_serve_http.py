@@ -22,8 +22,9 @@ import torch
 from PIL import Image
 from serve_cases import Clock, Gate, engine, model
 
-from fastdiff import cli
+from fastdiff import cli, schedules
 from fastdiff.data import encode_png
+from fastdiff.models import AutoencoderConfig, DiTConfig, LatentDiffusion, LatentDiffusionConfig
 from fastdiff.serve import Engine
 from fastdiff.serve.http import BODY, Server, create_app
 
@@ -230,6 +231,9 @@ BODIES = (
     ({"cond": {"label": 99.5}}, 422, "submit: cond label must be torch.int64"),
     ({"cond": {"label": {}}}, 422, "submit: cond label must be numbers or a tensor, got {}"),
     ({"label": "boat"}, 422, "sample: label must be 0 to 1 or one of bag, boot, got 'boat'"),
+    ({"label": "bag,boot"}, 422, "sample: label must be 0 to 1 or one of bag, boot, got 'bag,bo"),
+    ({"deadline": 10**400}, 422, "submit: deadline must be finite and above 0"),
+    ({"guidance": 10**400}, 422, "Sampler: guidance must be finite"),
     ({"label": []}, 422, "submit: cond label must "),
     ({"label": 1, "cond": {"label": 1}}, 422, "samples: cond must be an object without label"),
     ({"deadline": -1}, 422, "submit: deadline must be finite and above 0, got -1"),
@@ -334,6 +338,17 @@ def test_only_pictures_are_served() -> None:
         made.shape = (4, 5, 5)
         with pytest.raises(ValueError, match=r"serve: images must have shape .*, got \(4, 5, 5\)"):
             create_app(made)
+    # three latent channels would pass for colours
+    autoencoder = AutoencoderConfig(channels=(8,), groups=4, latent_channels=3)
+    denoiser = DiTConfig(
+        in_channels=3, image_size=4, width=8, depth=1, heads=1, num_classes=2, learn_sigma=False
+    )
+    latent = LatentDiffusion(LatentDiffusionConfig(denoiser, autoencoder))
+    with (
+        Engine(latent, schedules.cosine(), (3, 4, 4), slots=1, sizes=[2]) as made,
+        pytest.raises(ValueError, match="serve: model must make images, got one of latents"),
+    ):
+        create_app(made)
 
 
 def test_the_command(tiny: Any) -> None:

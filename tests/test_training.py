@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -119,6 +120,8 @@ def test_a_run_starts_as_the_first_release_did(config):
 def test_command_gives_the_config_back(config):
     for c in (config, TrainConfig(out="x"), replace(config, channels=(32, 64), lr=2.5e-4)):
         assert training.parse(c.command().split()[2:]) == c
+    spaced = TrainConfig(out="my runs/a's", data="the data")
+    assert training.parse(shlex.split(spaced.command())[2:]) == spaced
     assert TrainConfig(out="x", resume=True).command() == "fastdiff train --out x"
 
 
@@ -267,6 +270,10 @@ def test_checkpoint_is_whole_or_absent(config, monkeypatch):
         ({"max_minutes": -1.0}, "max_minutes must be >= 0"),
         ({"lr": 0.0}, "lr must be > 0"),
         ({"lr": math.nan}, "lr must be > 0, got nan"),
+        ({"guidance": math.inf}, "guidance must be finite, got inf"),
+        ({"balance": math.inf}, "balance must be finite, got inf"),
+        ({"name": "sub/x"}, "name must be that of a file in out, got 'sub/x'"),
+        ({"name": ".."}, r"name must be that of a file in out, got '\.\.'"),
         ({"ema": 1.0}, r"ema must lie in \[0, 1\)"),
         ({"dtype": "int8"}, "dtype must be 'bfloat16' or 'float32', got 'int8'"),
         ({"prediction": "noise"}, "prediction must be one of"),
@@ -283,6 +290,10 @@ def test_run_errors(config):
         training.train(replace(config, schedule="edm"))
     with pytest.raises(ValueError, match="schedule must name a schedule"):
         training.train(replace(config, schedule="cosin"))
+    with pytest.raises(ValueError, match=r"schedule must name a schedule of \['cosine', 'edm'"):
+        training.train(replace(config, schedule="from_betas"))
+    with pytest.raises(ValueError, match=r"seed must be < 2\*\*64, got 18446744073709551616"):
+        training.train(replace(config, seed=1 << 64))
     with pytest.raises(ValueError, match="batch must be at most 40, got 41"):
         training.train(replace(config, batch=41))
     with pytest.raises(FileNotFoundError, match=r"out must hold last\.pt to resume"):

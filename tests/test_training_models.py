@@ -193,6 +193,22 @@ def test_latents_are_draws_of_the_posterior(of, trained):
     assert not torch.equal(found, run.objective.clean(index, 10))
 
 
+def test_a_trained_autoencoder_is_scored(trained, folder, tmp_path):
+    words = ["eval", str(trained), "--data", str(folder), "--images", "4", "--out", str(tmp_path)]
+    assert cli.main(words) == 0
+    assert (tmp_path / "eval_autoencoder.json").is_file()
+
+
+@pytest.mark.parametrize("count", (40, 25, 3))
+def test_an_autoencoder_is_shown_on_the_images_that_there_are(of, tmp_path, count):
+    objective = training.Run(of("autoencoder")).objective
+    objective.images = objective.images[:count]
+    objective.show(objective.build(), tmp_path / "shown.png")
+    size = {40: (320, 256), 25: (320, 128), 3: (96, 64)}[count]
+    with Image.open(tmp_path / "shown.png") as shown:
+        assert shown.size == size
+
+
 def test_the_autoencoder_stays_as_it_was(of, trained):
     config = of("latent", steps=3)
     model, _, card = checkpoints.load(training.train(config))
@@ -272,4 +288,5 @@ def test_size_of_a_data_set(folder):
     small, large = (data.load("fashion", folder, size) for size in (28, 32))
     assert small.images.shape == (COUNT, 1, 28, 28)
     assert torch.equal(small.images, large.images[..., 2:30, 2:30])
+    assert f"{COUNT} images" in small.name
     assert "28x28" in small.name and "padded to 32x32" in large.name

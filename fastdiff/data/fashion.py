@@ -120,7 +120,7 @@ def load(folder: str | Path = DEFAULT_FOLDER, size: int = 32) -> Dataset:
         images=images,
         labels=labels,
         classes=LABELS,
-        name=f"Fashion-MNIST, training split, 60,000 images, {shape}, [-1, 1]",
+        name=f"Fashion-MNIST, training split, {len(images):,} images, {shape}, [-1, 1]",
         source="https://github.com/zalandoresearch/fashion-mnist",
         licence="MIT, (c) 2017 Zalando SE",
     )

@@ -13,8 +13,16 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+def require_tensors(op: str, **given: object) -> None:
+    """Numbers and lists are none, though a time or a label is easily thought of as one."""
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {value!r}")
+
+
 def require_batch(op: str, x: Tensor, t: Tensor, shape: Sequence[int]) -> None:
     """`x` must be a floating point batch of tensors of the shape, `t` one number a sample."""
+    require_tensors(op, x=x, t=t)
     if not x.is_floating_point():
         raise TypeError(f"{op}: x must be floating point, got {x.dtype}")
     if x.ndim != 1 + len(shape) or tuple(x.shape[1:]) != tuple(shape):
@@ -26,6 +34,7 @@ def require_batch(op: str, x: Tensor, t: Tensor, shape: Sequence[int]) -> None:
 
 def require_labels(op: str, label: Tensor, t: Tensor, low: int, high: int) -> None:
     """`label` must be int64 in [low, high], one a sample."""
+    require_tensors(op, label=label)
     if label.dtype != torch.int64:
         raise TypeError(f"{op}: label must be int64, got {label.dtype}")
     if label.shape != t.shape:

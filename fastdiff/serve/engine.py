@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextvars
-import math
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -213,8 +213,11 @@ class Engine:
         if deadline is not None:
             if isinstance(deadline, bool) or not isinstance(deadline, (int, float)):
                 raise TypeError(f"submit: deadline must be a number, got {deadline!r}")
-            if not (math.isfinite(deadline) and deadline > 0):
+            # an int may be larger than any float
+            if not 0 < deadline <= sys.float_info.max:
                 raise ValueError(f"submit: deadline must be finite and above 0, got {deadline}")
+        if not (callback is None or callable(callback)):
+            raise TypeError(f"submit: callback must be callable, got {callback!r}")
         plan = self.plan(**fields)
         expires = None if deadline is None else self._clock() + deadline
         job = Job(plan, client, expires, callback)

@@ -20,8 +20,9 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
-from fastdiff._cli_sample import parse_labels
+from fastdiff._cli_sample import parse_label
 from fastdiff.data import encode_png
+from fastdiff.models import LatentDiffusion
 from fastdiff.serve._queue import QueueFull
 from fastdiff.serve.engine import Closed, Engine
 from fastdiff.serve.job import DeadlineExceeded, Job
@@ -144,7 +145,7 @@ class _Service:
                     f"samples: label must be left out for a model without classes, got {label!r}"
                 )
             several = label if isinstance(label, list) else [label]
-            numbers = [parse_labels(str(one), self.classes)[0] for one in several]
+            numbers = [parse_label(str(one), self.classes) for one in several]
             cond = body.get("cond", {})
             if not isinstance(cond, dict) or "label" in cond:
                 raise ValueError(f"samples: cond must be an object without label, got {cond!r}")
@@ -253,6 +254,8 @@ def create_app(engine: Engine, *, keep: int = 1024) -> FastAPI:
         raise ValueError(
             f"serve: images must have shape (1, h, w) or (3, h, w), got {engine.shape}"
         )
+    if isinstance(engine.model.model, LatentDiffusion):
+        raise ValueError("serve: model must make images, got one of latents, to be decoded")
     service = _Service(engine, keep)
 
     @contextlib.asynccontextmanager

@@ -102,16 +102,16 @@ class Planner:
         max_steps: int,
     ) -> None:
         _check_names("defaults", defaults)
-        self.null, self.defaults, self.max_steps = dict(null), dict(defaults), max_steps
+        # copies: the caller may use the tensors again
+        self.null = {key: value.detach().clone() for key, value in null.items()}
+        self.defaults, self.max_steps = dict(defaults), max_steps
         self._prediction = prediction
 
-        # typed: eta=1 is a number and eta=True is none
+        # typed, which looks at arguments and not into them: eta=1 is a number and eta=True is none
         @functools.lru_cache(maxsize=64, typed=True)
-        def build(
-            solver: str, steps: int, spacing: str | None, *options: tuple[str, Any]
-        ) -> StepTable:
+        def build(solver: str, steps: int, spacing: str | None, /, **options: Any) -> StepTable:
             return solvers.build(
-                solver, schedule, steps, prediction=prediction, spacing=spacing, **dict(options)
+                solver, schedule, steps, prediction=prediction, spacing=spacing, **options
             )
 
         self._build = build
@@ -152,7 +152,7 @@ class Planner:
         return Plan(
             request=request,
             table=table,
-            seeds=seeds,
+            seeds=seeds.clone(),  # the caller may use the tensor again while the request waits
             weights=tuple(float(row.weight) for row in rows),
             calls=calls,
             phis=tuple(float(row.phi or 0) for row in rows),
@@ -184,23 +184,24 @@ class Planner:
             raise ValueError(f"submit: steps must lie in [1, {self.max_steps}], got {steps}")
         if not (request.spacing is None or isinstance(request.spacing, str)):
             raise TypeError(f"submit: spacing must be a name or None, got {request.spacing!r}")
-        if not isinstance(request.options, Mapping):
-            raise TypeError(f"submit: options must be a mapping, got {request.options!r}")
-        solvers.check_names("submit", request.options)
+        options = request.options
+        if not (isinstance(options, Mapping) and all(isinstance(name, str) for name in options)):
+            raise TypeError(f"submit: options must be a mapping of names, got {options!r}")
+        solvers.check_names("submit", options)
         try:
-            return self._build(solver, steps, request.spacing, *sorted(request.options.items()))
+            return self._build(solver, steps, request.spacing, **dict(sorted(options.items())))
         except TypeError as error:
             if "unhashable" not in str(error):
                 raise
             raise TypeError(
-                f"submit: options must be numbers, words or tuples, got {dict(request.options)}"
+                f"submit: options must be numbers, words or tuples, got {dict(options)}"
             ) from None
 
     def _entries(self, name: str, given: Mapping[str, Any], count: int) -> dict[str, Tensor]:
         """Conditions of each image, and the null where none is given."""
         if not isinstance(given, Mapping):
             raise TypeError(f"submit: {name} must be a mapping, got {given!r}")
-        unknown = sorted(set(given) - set(self.null))
+        unknown = sorted(set(given) - set(self.null), key=str)
         if unknown:
             known = ", ".join(self.null) or "none"
             raise ValueError(f"submit: {name} must be among {known}, got {unknown[0]!r}")

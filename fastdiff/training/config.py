@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from fastdiff.data import DATASETS
@@ -164,9 +167,16 @@ class TrainConfig:
         for key in ("lr", "clip", "scale"):
             if not getattr(self, key) > 0:
                 raise ValueError(f"train: {key} must be > 0, got {getattr(self, key)}")
+        # of the others, infinity has a meaning: no clipping, no limit
+        for key in ("balance", "weight_decay", "guidance", "beta", "lr", "scale"):
+            if not math.isfinite(getattr(self, key)):
+                raise ValueError(f"train: {key} must be finite, got {getattr(self, key)}")
         for key in ("ema", "label_dropout"):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"train: {key} must lie in [0, 1), got {getattr(self, key)}")
+        # Path("..").name is ".." too
+        if self.name and (Path(self.name).name != self.name or self.name == ".."):
+            raise ValueError(f"train: name must be that of a file in out, got {self.name!r}")
         choices = {
             "prediction": ("epsilon", "sample", "v_prediction"),
             "likelihood": LIKELIHOODS,
@@ -195,15 +205,15 @@ class TrainConfig:
 
     def command(self) -> str:
         """The command line that gives this config, defaults left out."""
-        words, own = ["fastdiff train"], DEFAULTS[self.model]
+        words, own = ["fastdiff", "train"], DEFAULTS[self.model]
         for f in fields(self):
             value = getattr(self, f.name)
             if f.name == "resume" or (f.name != "out" and value == own.get(f.name, f.default)):
                 continue
             words.append(f"--{f.name.replace('_', '-')}")
             if not isinstance(value, bool):
-                words.append(" ".join(map(str, value)) if isinstance(value, tuple) else str(value))
-        return " ".join(words)
+                words.extend(map(str, value if isinstance(value, tuple) else (value,)))
+        return shlex.join(words)
 
 
 def defaults_of(model: str) -> Mapping[str, Any]:

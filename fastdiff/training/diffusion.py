@@ -24,6 +24,8 @@ from fastdiff.training.objective import Objective, generator
 
 __all__ = ["Diffusion", "noised"]
 
+_WITH_ARGUMENTS = {"from_betas", "rescale_zero_terminal_snr"}
+
 
 def noised(
     schedule: schedules.Schedule,
@@ -63,8 +65,9 @@ class Diffusion(Objective):
 
     def __init__(self, config: TrainConfig, dataset: Dataset) -> None:
         super().__init__(config, dataset)
-        if config.schedule not in schedules.NAMES:
-            rule = f"name a schedule of {sorted(schedules.NAMES)}, got {config.schedule!r}"
+        names = sorted(set(schedules.NAMES) - _WITH_ARGUMENTS)
+        if config.schedule not in names:
+            rule = f"name a schedule of {names}, got {config.schedule!r}"
             raise ValueError(f"train: schedule must {rule}")
         self.schedule = schedules.NAMES[config.schedule]()
         if self.schedule.alphas_cumprod is None:

@@ -61,8 +61,9 @@ class AutoencoderTraining(Objective):
     @torch.no_grad()
     def show(self, model: nn.Module, path: Path, rows: int = 8) -> None:
         """Images in one row, and below each what its latent decodes to."""
-        own, columns = cast(Autoencoder, model), 10
-        x = self.images[: columns * ((rows + 1) // 2)].to(self.config.device)
+        own, columns = cast(Autoencoder, model), min(10, len(self.images))
+        pairs_of_rows = min((rows + 1) // 2, len(self.images) // columns)
+        x = self.images[: columns * pairs_of_rows].to(self.config.device)
         y = own.decode(own.encode(x)[0])
         pairs = torch.stack([a.view(-1, columns, *x.shape[1:]) for a in (x, y)], dim=1)
         data.save_grid(pairs.flatten(0, 2), path, columns)
@@ -84,7 +85,10 @@ class AutoencoderTraining(Objective):
     def card(self, model: nn.Module) -> dict[str, Any]:
         c = self.config
         what = f"-E_q[log p(x|z)] + {c.beta:g} KL, nats"
-        return {"objective": f"{what}; {c.likelihood} likelihood of scale {c.scale:g}"}
+        return {
+            "objective": f"{what}; {c.likelihood} likelihood of scale {c.scale:g}",
+            "sampling": {"shape": list(self.images.shape[1:])},  # by which `fastdiff eval` goes
+        }
 
 
 @torch.no_grad()

@@ -60,6 +60,8 @@ class Run:
             raise ValueError(f"train: batch must be at most {shape[0]}, got {config.batch}")
         if shape[2] != shape[3]:
             raise ValueError(f"train: dataset must hold square images, got {tuple(shape[2:])}")
+        if config.seed >= 1 << 64:
+            raise ValueError(f"train: seed must be < 2**64, got {config.seed}")
         torch.manual_seed(config.seed)
         self.objective = OBJECTIVES[config.model](self.share.config, self.dataset)
         self.model, self.ema = (self.objective.build() for _ in range(2))
