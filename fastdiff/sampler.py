@@ -60,7 +60,8 @@ class Sampler:
             memory of earlier calls.
         unroll: in mode "graph", capture all rows as one graph: a launch a run, rows compiled each
             to its own terms; without callback and `iter`.
-        batched: conditional and unconditional in one model call of 2N samples, or in two calls.
+        batched: conditional and unconditional in one model call of 2N samples, or in two calls, as
+            also where ``cond`` and ``uncond`` differ in more than the entries of their tensors.
         dtype: of the model input; None: of the model's first floating-point parameter, float32
             for a plain function.
         device: of the state; None: of the model's first parameter, or of the noise.
@@ -208,7 +209,7 @@ class Sampler:
             raise ValueError(
                 f"Sampler: uncond must be given for guidance {self.guidance}, got nothing"
             )
-        joined = calls and self._loop.evaluation.joined
+        joined = calls and self._loop.evaluation.joins
         given = conditions(cond, uncond, len(x), x.device, joined)
         start = Start(x, seed_tensor, given, guidance)
         if self._graphs is not None and x.numel():
