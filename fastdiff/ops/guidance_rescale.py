@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from fastdiff.backends import Implementation, Op, choose
 from fastdiff.ops import _native
@@ -27,7 +28,7 @@ class GuidanceRescale(NamedTuple):
     guidance: torch.Tensor  # (N,) float32
     phi: torch.Tensor  # (N,) float32
     out: torch.Tensor  # (N,) float32
-    tracked: bool  # autograd wants a backward pass
+    tracked: bool  # autograd wants a backward pass, or a tensor may have a tangent
 
 
 # --- backends -------------------------------------------------------------------------------
@@ -60,7 +61,7 @@ def _cpu(call: GuidanceRescale) -> None:
 
 def _refuse_dtype(call: GuidanceRescale) -> str | None:
     if call.tracked:
-        return "the kernel has no backward pass (torch.no_grad(), or the reference)"
+        return "the kernel has no backward pass or tangents (torch.no_grad(), or the reference)"
     if call.output.dtype not in _native.DTYPES:
         return f"dtype must be float32, bfloat16 or float16, got {call.output.dtype}"
     return None
@@ -171,6 +172,7 @@ def prepare(
     tracked = torch.is_grad_enabled() and any(
         t.requires_grad for t in (output, uncond, weights, shares)
     )
+    tracked = tracked or forward_ad._current_level >= 0
     return GuidanceRescale(*_in_one_order(output, uncond), weights, shares, out, tracked)
 
 

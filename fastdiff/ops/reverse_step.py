@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch.autograd import forward_ad
 
 from fastdiff._packing import Packing
 from fastdiff.backends import Implementation, Op, choose
@@ -103,21 +104,24 @@ def _tracked(
     variance: torch.Tensor | None,
     scale: torch.Tensor | None,
 ) -> bool:
-    """Whether autograd would want a backward pass."""
+    """Whether autograd would want a backward pass, or any tensor may have a tangent."""
     # written out: a loop over the tensors would cost a tenth of a small step
-    return torch.is_grad_enabled() and (
-        _wants_gradient(x)
-        or _wants_gradient(output)
-        or _wants_gradient(uncond)
-        or _wants_gradient(variance)
-        or _wants_gradient(scale)
+    return forward_ad._current_level >= 0 or (
+        torch.is_grad_enabled()
+        and (
+            _wants_gradient(x)
+            or _wants_gradient(output)
+            or _wants_gradient(uncond)
+            or _wants_gradient(variance)
+            or _wants_gradient(scale)
+        )
     )
 
 
 def _refuse_dtype(step: Step) -> str | None:
     x, output, model_input = step.x, step.output, step.model_input
     if _tracked(x, output, step.uncond, step.variance, step.scale):
-        return "the kernel has no backward pass (torch.no_grad(), or the reference)"
+        return "the kernel has no backward pass or tangents (torch.no_grad(), or the reference)"
     if x.dtype != torch.float32:
         return f"the state must be float32, got {x.dtype}"
     if output is not None and output.dtype not in _native.DTYPES:
