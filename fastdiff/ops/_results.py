@@ -34,7 +34,8 @@ class _Block:
     def __init__(self, layout: tuple[Any, ...]) -> None:
         shape, strides, dtype = layout
         with torch.inference_mode(False):  # its tensors could not be written to outside of it
-            self.whole = torch.empty_strided(shape, strides, dtype=dtype)
+            # named: torch's default device may be another one
+            self.whole = torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
         self._storage = self.whole.untyped_storage()
         self._address = self.whole.data_ptr()
         self._alone: Any = None
