@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 
 from fastdiff.backends import Implementation, Op, choose
 from fastdiff.ops import _native
-from fastdiff.ops._checks import check_dense, check_real, is_finite
+from fastdiff.ops._checks import check_dense, check_memory, check_real, is_finite
 from fastdiff.ops._layout import memory_format
 from fastdiff.reference import guidance_rescale as reference
 
@@ -112,6 +112,7 @@ def _check_outputs(output: object, uncond: object) -> None:
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"guidance_rescale: {name} must be a tensor, got {type(t).__name__}")
         check_dense("guidance_rescale", name, t)
+        check_memory("guidance_rescale", name, t)
     assert isinstance(output, torch.Tensor) and isinstance(uncond, torch.Tensor)
     if output.dtype not in _DTYPES:
         raise TypeError(
@@ -169,6 +170,7 @@ def prepare(
     weights, shares = _each("guidance", guidance, output), _each("phi", phi, output)
     wide = output.dtype if output.dtype == torch.float64 else torch.float32
     out = torch.empty(output.shape[0], dtype=wide, device=output.device)
+    check_memory("guidance_rescale", "out", out)  # a tracer may have made it
     tracked = torch.is_grad_enabled() and any(
         t.requires_grad for t in (output, uncond, weights, shares)
     )

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from fastdiff._packing import Packing
 from fastdiff.backends import Implementation, Op, choose
 from fastdiff.ops import _native, _step_cpu
-from fastdiff.ops._checks import check_dense
+from fastdiff.ops._checks import check_dense, check_memory
 from fastdiff.ops._layout import memory_format
 from fastdiff.ops._results import RESULTS
 from fastdiff.ops._step_checks import (
@@ -192,6 +192,7 @@ def prepare(
     if not isinstance(x, torch.Tensor) or x.dtype not in _STATES:
         raise TypeError(f"reverse_step: x must be a float32 or float64 tensor, got {kind(x)}")
     check_dense("reverse_step", "x", x)
+    check_memory("reverse_step", "x", x)
     if not isinstance(table, Packing):
         raise TypeError(f"reverse_step: table must be a StepTable, got {type(table).__name__}")
     shape = x.shape
@@ -241,6 +242,7 @@ def prepare(
             raise ValueError(f"reverse_step: clip must not be negative, got {clip}")
     if out is None:
         out = RESULTS.empty_like(x)
+        check_memory("reverse_step", "out", out)  # a tracer may have made it
     else:
         require("out", out, like, "", dtype)
         in_place("out", out, fmt)
