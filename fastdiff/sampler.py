@@ -14,6 +14,7 @@ from fastdiff._guidance import Guidance, Weights, check_number
 from fastdiff._loop import Loop, Start
 from fastdiff._sample_step import SampleStep
 from fastdiff._state import Model, first_parameter, layout
+from fastdiff.ops._layout import memory_format
 from fastdiff.ops.noise import Stream, as_seeds, randn
 from fastdiff.path_noise import PathNoise
 from fastdiff.table import StepTable
@@ -239,6 +240,8 @@ class Sampler:
         if noise is not None:
             device = self.device or noise.device
             x = noise.to(device, torch.float32) * self.table.init_sigma
+            if memory_format(x) is None:  # which the rows would copy every time
+                x = x.contiguous()
         else:
             assert shape is not None  # the first check
             device = self.device or torch.device("cpu")
