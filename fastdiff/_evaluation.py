@@ -94,13 +94,13 @@ class Evaluation:
         """The outputs for x (N, *S) at times t (`count`,)."""
         n, other = len(x), None
         if not guidance.calls:
-            output = self._alone(x, t, **conditions.cond)
+            output = _tensor(self._alone(x, t, **conditions.cond))
         elif conditions.both:
-            output = self._both(torch.cat([x, x]), t, **conditions.both)
+            output = _tensor(self._both(torch.cat([x, x]), t, **conditions.both))
             output, other = output[:n], output[n:]
         else:
-            output = self._alone(x, t, **conditions.cond)
-            other = self._second(x, t, **conditions.uncond)
+            output = _tensor(self._alone(x, t, **conditions.cond))
+            other = _tensor(self._second(x, t, **conditions.uncond))
         variance = None
         if has_variance(output, x):
             output, variance = output.chunk(2, dim=1)
@@ -119,6 +119,12 @@ def _compiled(model: Model) -> Model:
     # that differ from those of code of the same name: samplers and kinds of call share neither
     call.__code__ = call.__code__.replace(co_name=f"call_{next(_names)}")
     return torch.compile(call, fullgraph=True)
+
+
+def _tensor(output: Any) -> Tensor:
+    if not isinstance(output, Tensor):  # but a tuple, or what diffusers wraps it in
+        raise TypeError(f"Sampler: model must return a tensor, got {type(output).__name__}")
+    return output
 
 
 def has_variance(output: Tensor, x: Tensor) -> bool:

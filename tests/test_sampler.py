@@ -202,6 +202,14 @@ def test_noise_in_any_memory_order(axes):
     assert_same_bits(got, Sampler(model, table("dpmpp_2m"))(noise=noise.contiguous()))
 
 
+@pytest.mark.parametrize("guided", ({}, {"guidance": 2.0}, {"guidance": 2.0, "batched": False}))
+@pytest.mark.parametrize("output", ((torch.zeros(1),), None), ids=("a tuple", "nothing"))
+def test_what_is_no_tensor_is_no_output(output, guided):
+    sampler = Sampler(lambda x, t, label: output, table(), **guided)
+    with pytest.raises(TypeError, match=r"model must return a tensor, got (tuple|NoneType)"):
+        sampler(SHAPE, cond={"label": 1}, uncond={"label": 0})
+
+
 def test_the_state_lies_as_the_model_does():
     """No tensor is brought into another order between the model and the step."""
     seen = []
