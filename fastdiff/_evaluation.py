@@ -25,7 +25,7 @@ class Outputs(NamedTuple):
 
 class Conditions(NamedTuple):
     """Keyword arguments of the model: of a conditional call, of an unconditional one, and of one
-    call of both batches."""
+    call of both batches, empty where there is none."""
 
     cond: dict[str, Any]
     uncond: dict[str, Any]
@@ -38,12 +38,24 @@ def conditions(
     """The arguments on the device, checked; ``both`` only where one call takes both batches."""
     first, second = _on_device(cond, n, device), _on_device(uncond, n, device)
     both = {}
-    if joined:
+    if joined and cond.keys() == uncond.keys() and all(_fit(cond[k], uncond[k]) for k in cond):
         both = {
             k: torch.cat([v, second[k]]) if isinstance(v, Tensor) and v.dim() > 0 else v
             for k, v in first.items()
         }
     return Conditions(first, second, both)
+
+
+def _fit(value: Any, other: Any) -> bool:
+    """Whether one call can have both: batches to be joined, or one value for all."""
+    if value is other:
+        return True
+    if isinstance(value, Tensor) and isinstance(other, Tensor):
+        # values are not compared: that would wait for the device
+        alike = value.dtype == other.dtype and value.shape[1:] == other.shape[1:]
+        return alike and value.dim() > 0 and other.dim() > 0
+    plain = isinstance(value, (bool, int, float, str))  # others may not compare to a bool
+    return plain and type(value) is type(other) and bool(value == other)
 
 
 class Evaluation:
@@ -52,11 +64,12 @@ class Evaluation:
     Args:
         model: the conditional one.
         guide_model: the unconditional one, None for the same.
-        batched: one call of 2N samples where the model is the same.
+        batched: one call of 2N samples where the model is the same and the conditions fit together.
         compiled: through ``torch.compile(fullgraph=True)``, one graph for each kind of call.
 
     Attributes:
         models: both, as given.
+        joins: whether conditions that fit together make one call.
     """
 
     def __init__(
@@ -68,11 +81,12 @@ class Evaluation:
         calls = (model, model, second)
         # each its own graph, so that no row waits for a compilation that another kind has had
         self._alone, self._both, self._second = map(_compiled, calls) if compiled else calls
-        self.joined = guide_model is None and batched
+        self.joins = guide_model is None and batched
 
-    def count(self, n: int, guidance: RowGuidance) -> int:
+    @staticmethod
+    def count(n: int, guidance: RowGuidance, conditions: Conditions) -> int:
         """How many times a call of n samples takes."""
-        return 2 * n if guidance.calls and self.joined else n
+        return 2 * n if guidance.calls and conditions.both else n
 
     def __call__(
         self, x: Tensor, t: Tensor, conditions: Conditions, guidance: RowGuidance
@@ -80,13 +94,13 @@ class Evaluation:
         """The outputs for x (N, *S) at times t (`count`,)."""
         n, other = len(x), None
         if not guidance.calls:
-            output = self._alone(x, t, **conditions.cond)
-        elif self.joined:
-            output = self._both(torch.cat([x, x]), t, **conditions.both)
+            output = _tensor(self._alone(x, t, **conditions.cond))
+        elif conditions.both:
+            output = _tensor(self._both(torch.cat([x, x]), t, **conditions.both))
             output, other = output[:n], output[n:]
         else:
-            output = self._alone(x, t, **conditions.cond)
-            other = self._second(x, t, **conditions.uncond)
+            output = _tensor(self._alone(x, t, **conditions.cond))
+            other = _tensor(self._second(x, t, **conditions.uncond))
         variance = None
         if has_variance(output, x):
             output, variance = output.chunk(2, dim=1)
@@ -105,6 +119,12 @@ def _compiled(model: Model) -> Model:
     # that differ from those of code of the same name: samplers and kinds of call share neither
     call.__code__ = call.__code__.replace(co_name=f"call_{next(_names)}")
     return torch.compile(call, fullgraph=True)
+
+
+def _tensor(output: Any) -> Tensor:
+    if not isinstance(output, Tensor):  # but a tuple, or what diffusers wraps it in
+        raise TypeError(f"Sampler: model must return a tensor, got {type(output).__name__}")
+    return output
 
 
 def has_variance(output: Tensor, x: Tensor) -> bool:

@@ -253,7 +253,7 @@ class GraphLoop:
         output = other = variance = scale = None
         weight: Weight = 1.0
         if at.needs.output:
-            count = loop.evaluation.count(len(x), guidance)
+            count = loop.evaluation.count(len(x), guidance, given)
             times = memory.times.index_select(0, static.rows[:count])
             with torch.no_grad():
                 output, other, variance = loop.evaluation(

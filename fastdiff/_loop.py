@@ -74,7 +74,8 @@ class Loop:
             output = other = variance = scale = None
             if row.evaluates:
                 given = x if model_input is None else model_input
-                times = memory.times[i].expand(self.evaluation.count(n, guidance))
+                count = self.evaluation.count(n, guidance, start.conditions)
+                times = memory.times[i].expand(count)
                 with torch.no_grad():
                     output, other, variance = self.evaluation(
                         given, times, start.conditions, guidance

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastdiff._rows import C_IN, HISTORY_SLOTS, PUSH, TERMS, A, B, Needs, P, Q
 
@@ -71,10 +72,11 @@ class Packing:
         found = self._packed.get(key)
         if found is None:
             floats = self.floats.copy() if clip else folded(self.floats, self.ints)
-            found = self._packed[key] = Packed(
-                torch.from_numpy(floats).to(key[1], dtype),
-                torch.from_numpy(self.ints.copy()).to(key[1]),
-            )
+            with _disable_current_modes():  # what a tracer makes of them must not be kept
+                found = self._packed[key] = Packed(
+                    torch.from_numpy(floats).to(key[1], dtype),
+                    torch.from_numpy(self.ints.copy()).to(key[1]),
+                )
         return found
 
     def packed_each(
@@ -90,9 +92,10 @@ class Packing:
         if found is None:
             plain = self.packed(device, dtype=dtype)
             clipped = self.packed(device, clip=True, dtype=dtype)
-            found = self._packed[key] = Packed(
-                *(torch.cat(both) for both in zip(plain, clipped, strict=True))
-            )
+            with _disable_current_modes():
+                found = self._packed[key] = Packed(
+                    *(torch.cat(both) for both in zip(plain, clipped, strict=True))
+                )
         return found
 
 

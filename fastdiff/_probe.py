@@ -4,7 +4,8 @@ A sampler with fixed steps is linear in its start, in what the model answers and
 run in float64 on a model that answers with basis vectors (a fresh unit vector for each call, one
 for the start, one for each draw) hands to the model literally the row of its coefficients. Runs on
 random data tell whether the sampler is linear at all. While a sampler runs, torch's default dtype
-is float64 and ``torch.randn_like`` gives the probe's draws: not to be done beside other threads.
+is float64 and its default device the CPU, and ``torch.randn_like`` gives the probe's draws: not to
+be done beside other threads.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def _run(
     offered = {"extra_args": {}, "disable": True, "noise_sampler": sampled}
     named = inspect.signature(sampler).parameters
     arguments = {k: v for k, v in offered.items() if k in named and k not in options} | options
-    with _float64(), _patched(noise, start):
+    with torch.device("cpu"), _float64(), _patched(noise, start):
         end = sampler(model, start.clone(), torch.from_numpy(sigmas.copy()), **arguments)
     if not isinstance(end, Tensor) or end.shape != start.shape:
         got = tuple(end.shape) if isinstance(end, Tensor) else type(end).__name__
@@ -186,7 +187,7 @@ def probed(
     size = 1 + calls + draws
 
     def basis(i: int) -> Tensor:
-        vector = torch.zeros(1, 1, 1, size, dtype=torch.float64)
+        vector = torch.zeros(1, 1, 1, size, dtype=torch.float64, device="cpu")
         if i < size:  # a sampler that calls more often than before is refused below
             vector[..., i] = _TINY
         return vector
@@ -208,7 +209,7 @@ def probed(
 
 def constant(sampler: Sampler, sigmas: Array, options: dict[str, Any]) -> None:
     """Refuse a sampler that makes something of nothing."""
-    nothing = torch.zeros(1, 1, 1, 2, dtype=torch.float64)
+    nothing = torch.zeros(1, 1, 1, 2, dtype=torch.float64, device="cpu")
 
     def draw(number: int) -> Tensor:
         return nothing

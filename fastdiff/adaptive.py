@@ -346,7 +346,7 @@ class _Run:
             self._integrator.attempt(samples)
             points = [self._point(float(v)) for v in self._state.level]
             x = self._state.x * column(self._scale(points), self._state.x)
-            sigma = torch.tensor([p.sigma for p in points], dtype=torch.float64)
+            sigma = torch.from_numpy(np.array([p.sigma for p in points], np.float64))
             yield AdaptiveStep(index, torch.from_numpy(samples), sigma, x)
             index += 1
 

@@ -55,6 +55,7 @@ __all__ = ["STARTS", "DiffusionLikelihood", "FlowBound", "SampledBound"]
 STARTS = ("decoder", "uniform")
 VARIANCES = ("auto", "small", "large")
 
+_HOST = "cpu"  # where times and weights are, whatever torch's default device
 # counters of the stream of noised images; those below are draws of times
 _TIMES, _UNIFORM, _PROBE = 1 << 31, (1 << 31) + 1, (1 << 31) + 2
 
@@ -136,7 +137,7 @@ class DiffusionLikelihood:
         self.learned = False  # until the network is seen to give a variance
         self._walk = Walk(schedule, grid, prediction)
         abar = schedule.alphas_cumprod
-        self._abars = None if abar is None else torch.tensor(abar)
+        self._abars = None if abar is None else torch.tensor(abar, device=_HOST)
         parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
         self._dtype = next((p.dtype for p in parameters if p.is_floating_point()), None)
 
@@ -205,8 +206,8 @@ class DiffusionLikelihood:
         seeds = as_seeds(seeds, len(x0), where="likelihood")
         total = len(self.alphabars)
         if probabilities is None:
-            times = torch.arange(total).expand(len(x0), -1)
-            weights = torch.ones(times.shape, dtype=torch.float64)
+            times = torch.arange(total, device=_HOST).expand(len(x0), -1)
+            weights = torch.ones(times.shape, dtype=torch.float64, device=_HOST)
         else:
             p = probabilities.double().cpu()
             if p.shape != (total - 1,) or not bool((p > 0).all()) or abs(float(p.sum()) - 1) > 1e-6:
@@ -218,10 +219,10 @@ class DiffusionLikelihood:
                 raise ValueError(f"likelihood: draws must be at least 2, got {draws}")
             p = p / p.sum()
             offset = normal_cdf(randn(seeds, (1,), step=_TIMES, stream=Stream.FORWARD).double())
-            places = (torch.arange(draws - 1) + offset) / (draws - 1)
+            places = (torch.arange(draws - 1, device=_HOST) + offset) / (draws - 1)
             picked = torch.searchsorted(p.cumsum(0), places).clamp(max=total - 2)
-            times = torch.cat([torch.zeros(len(x0), 1, dtype=torch.int64), picked + 1], 1)
-            ones = torch.ones(len(x0), 1, dtype=torch.float64)
+            times = torch.cat([picked.new_zeros(len(x0), 1), picked + 1], 1)
+            ones = p.new_ones(len(x0), 1)
             weights = torch.cat([ones, 1 / ((draws - 1) * p[picked])], 1)
         each = []
         for k, t in enumerate(times.T):
@@ -271,7 +272,8 @@ class DiffusionLikelihood:
             log_p, nfe = self.log_prob(first.alpha * (x0 + width * u), seeds, cond, **how)
             # as a density of x + u, then times the width of the bin
             nats = -log_p - dims * (math.log(first.alpha) + math.log(width))
-            return FlowBound(nats.cpu(), torch.zeros(len(x0), dtype=torch.float64), nfe)
+            nats = nats.cpu()
+            return FlowBound(nats, torch.zeros_like(nats), nfe)
         noise = self._noise(seeds, x0, 0)
         zero = torch.zeros(len(x0), dtype=torch.int64, device=x0.device)
         decoder = self.term(x0, zero, noise, cond)

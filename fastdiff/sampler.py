@@ -14,6 +14,7 @@ from fastdiff._guidance import Guidance, Weights, check_number
 from fastdiff._loop import Loop, Start
 from fastdiff._sample_step import SampleStep
 from fastdiff._state import Model, first_parameter, layout
+from fastdiff.ops._layout import memory_format
 from fastdiff.ops.noise import Stream, as_seeds, randn
 from fastdiff.path_noise import PathNoise
 from fastdiff.table import StepTable
@@ -60,7 +61,8 @@ class Sampler:
             memory of earlier calls.
         unroll: in mode "graph", capture all rows as one graph: a launch a run, rows compiled each
             to its own terms; without callback and `iter`.
-        batched: conditional and unconditional in one model call of 2N samples, or in two calls.
+        batched: conditional and unconditional in one model call of 2N samples, or in two calls, as
+            also where ``cond`` and ``uncond`` differ in more than the entries of their tensors.
         dtype: of the model input; None: of the model's first floating-point parameter, float32
             for a plain function.
         device: of the state; None: of the model's first parameter, or of the noise.
@@ -208,7 +210,7 @@ class Sampler:
             raise ValueError(
                 f"Sampler: uncond must be given for guidance {self.guidance}, got nothing"
             )
-        joined = calls and self._loop.evaluation.joined
+        joined = calls and self._loop.evaluation.joins
         given = conditions(cond, uncond, len(x), x.device, joined)
         start = Start(x, seed_tensor, given, guidance)
         if self._graphs is not None and x.numel():
@@ -238,6 +240,8 @@ class Sampler:
         if noise is not None:
             device = self.device or noise.device
             x = noise.to(device, torch.float32) * self.table.init_sigma
+            if memory_format(x) is None:  # which the rows would copy every time
+                x = x.contiguous()
         else:
             assert shape is not None  # the first check
             device = self.device or torch.device("cpu")

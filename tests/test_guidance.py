@@ -267,3 +267,35 @@ def test_refusals(options: dict[str, Any], error: type[Exception], message: str)
 def test_a_missing_condition_is_named() -> None:
     with pytest.raises(ValueError, match="Sampler: uncond must be given for guidance"):
         Sampler(model, table(), guidance=[1.0] * 5 + [2.0])(SHAPE, seeds=SEEDS, cond=LABELS)
+
+
+def shifted(
+    x: Tensor, t: Tensor, label: Tensor | None = None, shift: Any = 0.0, words: Any = ()
+) -> Tensor:
+    out = x * 0.5 + shift + 0.25 * len(words)
+    return out if label is None else model(out, t, label)
+
+
+TELLING: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
+    "numbers": ({"shift": 3.0}, {"shift": 0.0}, 2),
+    "the same number": ({"shift": 3.0}, {"shift": 3.0}, 1),
+    "scalars": ({"shift": torch.tensor(3.0)}, {"shift": torch.tensor(0.0)}, 2),
+    "words": ({"words": ["a", "cat"]}, {"words": [""]}, 2),
+    "None": (LABELS, {"label": None}, 2),
+    "not None": ({"label": None}, NULLS, 2),
+    "one more": ({**LABELS, "shift": 1.0}, NULLS, 2),
+    "one less": (LABELS, {**NULLS, "shift": torch.ones(N, 1, 1, 1)}, 2),
+    "other shapes": ({"shift": torch.ones(N, 3, 1, 1)}, {"shift": torch.zeros(N, 1, 1, 1)}, 2),
+    "other dtypes": (LABELS, {"label": NULLS["label"].float()}, 2),
+}
+
+
+@pytest.mark.parametrize(("cond", "uncond", "calls"), TELLING.values(), ids=TELLING)
+def test_conditions_that_make_no_batch(
+    cond: dict[str, Any], uncond: dict[str, Any], calls: int
+) -> None:
+    rows, given = table(), {"seeds": SEEDS, "cond": cond, "uncond": uncond}
+    counted = Counted(shifted)
+    got = Sampler(counted, rows, guidance=2.0)(SHAPE, **given)
+    assert_same_bits(got, Sampler(shifted, rows, guidance=2.0, batched=False)(SHAPE, **given))
+    assert counted.calls == [2 * N if calls == 1 else N] * calls * len(rows)

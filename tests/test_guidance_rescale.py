@@ -130,6 +130,24 @@ def test_gradients_by_the_reference_alone() -> None:
         guidance_rescale(wanted, u.detach().float(), w, phi)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")  # inside forward mode
+def test_tangents_by_the_reference_alone() -> None:
+    c, u, w, phi = _inputs((20,), torch.float64)
+    _, expected = torch.autograd.functional.jvp(
+        lambda a, b: guidance_rescale(a, b, w, phi), (c, u), (u, c)
+    )
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual
+        got = guidance_rescale(dual(c, u), dual(u, c), w, phi)
+        tangent = torch.autograd.forward_ad.unpack_dual(got).tangent
+        single = dual(c.float(), u.float())
+        with use_backend("cpu"), pytest.raises(BackendError, match=r"or tangents|extension"):
+            guidance_rescale(single, u.float(), w, phi)
+    assert tangent is not None
+    # sums over 20 elements, twice
+    assert_within_budget(tangent, expected, expected, ulps=40)
+
+
 # --- the GPU sources without a GPU ------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from bits import assert_same_bits
 from tables import LEARNED, random_inputs, random_table
+from torch.autograd import forward_ad
 
 from fastdiff import BackendError, use_backend
 from fastdiff.backends import unavailable
@@ -171,6 +172,35 @@ def test_gradients_are_kept_or_refused() -> None:
             reverse_step(**arguments)
         with use_backend("cpu"), torch.no_grad():
             reverse_step(**arguments)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")  # inside forward mode
+def test_tangents_are_kept_or_refused() -> None:
+    arguments = _arguments()
+    for name in ("y", "history"):  # written in place
+        arguments[name] = arguments[name].double()
+    read = {n: arguments[n].double() for n in ("x", "output", "uncond", "variance")}
+    ways = {name: torch.randn_like(t) for name, t in read.items()}
+    for name in ("out", "model_input"):
+        del arguments[name]
+
+    def step(*tensors: torch.Tensor) -> torch.Tensor:
+        buffers = {name: arguments[name].clone() for name in ("y", "history")}
+        given = dict(zip(read, tensors, strict=True))
+        return reverse_step(**{**arguments, **buffers, **given})
+
+    _, twice_backward = torch.autograd.functional.jvp(
+        step, tuple(read.values()), tuple(ways.values())
+    )
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(t, ways[name]) for name, t in read.items()]
+        tangent = forward_ad.unpack_dual(step(*duals)).tangent
+        if unavailable("cpu") is None:
+            dual = forward_ad.make_dual(torch.ones(3, 2, 4, 4), torch.ones(3, 2, 4, 4))
+            with use_backend("cpu"), pytest.raises(BackendError, match="no backward pass or tan"):
+                reverse_step(**{**_arguments(), "x": dual})
+    assert tangent is not None
+    assert_same_bits(tangent, twice_backward)
 
 
 def test_inputs_are_not_written(isa: str) -> None:

@@ -195,6 +195,21 @@ def test_given_noise_replaces_the_initial_draw():
     )
 
 
+@pytest.mark.parametrize("axes", ((0, 1, 3, 2), (1, 0, 2, 3), (3, 2, 1, 0)), ids=str)
+def test_noise_in_any_memory_order(axes):
+    noise = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0)).permute(axes)
+    got = Sampler(model, table("dpmpp_2m"))(noise=noise)
+    assert_same_bits(got, Sampler(model, table("dpmpp_2m"))(noise=noise.contiguous()))
+
+
+@pytest.mark.parametrize("guided", ({}, {"guidance": 2.0}, {"guidance": 2.0, "batched": False}))
+@pytest.mark.parametrize("output", ((torch.zeros(1),), None), ids=("a tuple", "nothing"))
+def test_what_is_no_tensor_is_no_output(output, guided):
+    sampler = Sampler(lambda x, t, label: output, table(), **guided)
+    with pytest.raises(TypeError, match=r"model must return a tensor, got (tuple|NoneType)"):
+        sampler(SHAPE, cond={"label": 1}, uncond={"label": 0})
+
+
 def test_the_state_lies_as_the_model_does():
     """No tensor is brought into another order between the model and the step."""
     seen = []

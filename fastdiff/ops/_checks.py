@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
+from torch._subclasses import FakeTensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -33,6 +34,15 @@ def check_dense(op: str, name: str, t: torch.Tensor) -> None:
     """Memory with strides, which kernels read."""
     if t.layout != torch.strided:
         raise TypeError(f"{op}: {name} must be a dense tensor, got {t.layout}")
+
+
+def check_memory(op: str, name: str, t: torch.Tensor) -> None:
+    """Memory that a kernel finds by its address: tensors of tracing have none, nor have those of
+    subclasses that hold other tensors."""
+    if type(t) is torch.Tensor or not t.numel():
+        return
+    if isinstance(t, FakeTensor) or not t.data_ptr():  # the former warns when it is asked
+        raise TypeError(f"{op}: {name} must have memory of its own, got {type(t).__name__}")
 
 
 def check_input(op: str, x: object) -> None:

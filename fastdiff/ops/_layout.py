@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from fastdiff.ops._checks import check_memory
+
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -23,6 +25,7 @@ def check_written(op: str, out: torch.Tensor, **read: torch.Tensor | None) -> No
     Tensors that a kernel does not walk as they are were copied, or are the reference's, which
     writes last.
     """
+    check_memory(op, "out", out)
     if out.numel() > 1 and any(
         n > 1 and s == 0 for n, s in zip(out.shape, out.stride(), strict=True)
     ):

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastdiff.ops._layout import memory_format
 
@@ -33,8 +34,10 @@ class _Block:
 
     def __init__(self, layout: tuple[Any, ...]) -> None:
         shape, strides, dtype = layout
-        with torch.inference_mode(False):  # its tensors could not be written to outside of it
-            self.whole = torch.empty_strided(shape, strides, dtype=dtype)
+        # tensors of inference mode could not be written to outside of it, those of a tracer nowhere
+        with torch.inference_mode(False), _disable_current_modes():
+            # named: torch's default device may be another one
+            self.whole = torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
         self._storage = self.whole.untyped_storage()
         self._address = self.whole.data_ptr()
         self._alone: Any = None

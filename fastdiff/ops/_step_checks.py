@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from fastdiff._packing import Packed, Packing
-from fastdiff.ops._checks import check_dense, check_real, is_finite
+from fastdiff.ops._checks import check_dense, check_memory, check_real, is_finite
 from fastdiff.ops._checks import kind as kind
 from fastdiff.table import Needs
 
@@ -53,6 +53,7 @@ def require(
     if not isinstance(t, torch.Tensor) or not t.is_floating_point():
         raise TypeError(f"reverse_step: {name} must be a floating-point tensor, got {kind(t)}")
     check_dense("reverse_step", name, t)
+    check_memory("reverse_step", name, t)
     if t.shape != like.shape:
         raise ValueError(
             f"reverse_step: {name} must have the shape of x {tuple(like.shape)}, "
@@ -153,6 +154,7 @@ def check_history(
     if not isinstance(history, torch.Tensor):
         raise TypeError(f"reverse_step: history must be a tensor, got {kind(history)}")
     check_dense("reverse_step", "history", history)
+    check_memory("reverse_step", "history", history)
     slots = len(history) if history.dim() else 0
     if history.shape[1:] != like.shape or slots < depth:
         raise ValueError(
@@ -257,6 +259,7 @@ def check_seeds(seeds: torch.Tensor | None, like: Like) -> torch.Tensor:
             f"reverse_step: seeds must be an int64 tensor ({like.shape[0]},), "
             f"got {seeds.dtype} {tuple(seeds.shape)}"
         )
+    check_memory("reverse_step", "seeds", seeds)
     if seeds.device == like.device and seeds.is_contiguous():
         return seeds
     return seeds.to(like.device).contiguous()  # kernels read them as one run of memory

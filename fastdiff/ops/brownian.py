@@ -17,7 +17,7 @@ import torch
 
 from fastdiff.backends import Implementation, Op, choose
 from fastdiff.ops import _native
-from fastdiff.ops._checks import check_dtype, check_shape, is_finite
+from fastdiff.ops._checks import check_dtype, check_memory, check_shape, is_finite
 from fastdiff.ops._layout import channels, check_written, memory_format
 from fastdiff.ops._results import RESULTS
 from fastdiff.ops.noise import Stream, as_seeds
@@ -166,6 +166,7 @@ def _check_x(x: Any, scale: Any, dtype: torch.dtype) -> None:
     if not isinstance(x, torch.Tensor) or x.dtype != torch.float32:
         got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
         raise TypeError(f"brownian: add_to must be a float32 tensor, got {got}")
+    check_memory("brownian", "add_to", x)
     if dtype != torch.float32:
         raise TypeError(f"brownian: out must be float32 like add_to, got {dtype}")
 
@@ -201,6 +202,7 @@ def prepare(
             )
     stream = _integer("stream", stream, range(1 << 32))
     values = as_seeds(seeds, where="brownian")
+    check_memory("brownian", "seeds", values)  # under a tracer, those of a list have none
     check_shape("brownian", shape)
     full = (values.shape[0], *shape)
     if out is not None and (not isinstance(out, torch.Tensor) or not out.is_floating_point()):
@@ -216,6 +218,7 @@ def prepare(
             out = RESULTS.new_empty(values, full, dtype, device)
         else:
             out = RESULTS.empty_like(add_to)
+        check_memory("brownian", "out", out)  # a tracer may have made it
     elif out.shape != full:
         raise ValueError(f"brownian: out must have shape {full}, got {tuple(out.shape)}")
     else:

@@ -14,7 +14,7 @@ import torch
 
 from fastdiff.backends import Implementation, Op, choose
 from fastdiff.ops import _native
-from fastdiff.ops._checks import is_finite
+from fastdiff.ops._checks import check_memory, is_finite
 from fastdiff.ops._layout import check_written, memory_format
 from fastdiff.ops._results import RESULTS
 from fastdiff.reference import dynamic_threshold as reference
@@ -76,6 +76,7 @@ def _check(x: Any, ratio: Any, max_value: Any) -> None:
     if not isinstance(x, torch.Tensor) or x.dtype not in (torch.float32, torch.float64):
         got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
         raise TypeError(f"dynamic_threshold: x must be a float32 or float64 tensor, got {got}")
+    check_memory("dynamic_threshold", "x", x)
     if x.dim() < 1 or (len(x) and x[0].numel() == 0):
         raise ValueError(
             f"dynamic_threshold: x must have samples with elements, got shape {tuple(x.shape)}"
@@ -107,6 +108,7 @@ def prepare(
     _check(x, ratio, max_value)
     if out is None:
         out = RESULTS.empty_like(x)
+        check_memory("dynamic_threshold", "out", out)  # a tracer may have made it
     elif not isinstance(out, torch.Tensor) or (out.shape, out.dtype, out.device) != (
         x.shape,
         x.dtype,

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from fastdiff.backends import Implementation, Op, choose
 from fastdiff.ops import _native
-from fastdiff.ops._checks import check_dense, check_real, is_finite
+from fastdiff.ops._checks import check_dense, check_memory, check_real, is_finite
 from fastdiff.ops._layout import memory_format
 from fastdiff.reference import guidance_rescale as reference
 
@@ -27,7 +28,7 @@ class GuidanceRescale(NamedTuple):
     guidance: torch.Tensor  # (N,) float32
     phi: torch.Tensor  # (N,) float32
     out: torch.Tensor  # (N,) float32
-    tracked: bool  # autograd wants a backward pass
+    tracked: bool  # autograd wants a backward pass, or a tensor may have a tangent
 
 
 # --- backends -------------------------------------------------------------------------------
@@ -60,7 +61,7 @@ def _cpu(call: GuidanceRescale) -> None:
 
 def _refuse_dtype(call: GuidanceRescale) -> str | None:
     if call.tracked:
-        return "the kernel has no backward pass (torch.no_grad(), or the reference)"
+        return "the kernel has no backward pass or tangents (torch.no_grad(), or the reference)"
     if call.output.dtype not in _native.DTYPES:
         return f"dtype must be float32, bfloat16 or float16, got {call.output.dtype}"
     return None
@@ -111,6 +112,7 @@ def _check_outputs(output: object, uncond: object) -> None:
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"guidance_rescale: {name} must be a tensor, got {type(t).__name__}")
         check_dense("guidance_rescale", name, t)
+        check_memory("guidance_rescale", name, t)
     assert isinstance(output, torch.Tensor) and isinstance(uncond, torch.Tensor)
     if output.dtype not in _DTYPES:
         raise TypeError(
@@ -168,9 +170,11 @@ def prepare(
     weights, shares = _each("guidance", guidance, output), _each("phi", phi, output)
     wide = output.dtype if output.dtype == torch.float64 else torch.float32
     out = torch.empty(output.shape[0], dtype=wide, device=output.device)
+    check_memory("guidance_rescale", "out", out)  # a tracer may have made it
     tracked = torch.is_grad_enabled() and any(
         t.requires_grad for t in (output, uncond, weights, shares)
     )
+    tracked = tracked or forward_ad._current_level >= 0
     return GuidanceRescale(*_in_one_order(output, uncond), weights, shares, out, tracked)
 
 

@@ -18,7 +18,7 @@ import torch
 
 from fastdiff.backends import Implementation, Op, choose
 from fastdiff.ops import _native
-from fastdiff.ops._checks import check_counter, check_dtype, check_shape
+from fastdiff.ops._checks import check_counter, check_dtype, check_memory, check_shape
 from fastdiff.ops._layout import channels, check_written, memory_format
 from fastdiff.ops._results import RESULTS
 from fastdiff.reference.noise import normals
@@ -184,6 +184,7 @@ def prepare(
 ) -> Draw:
     """The arguments of `randn`, checked, with its output allocated."""
     values = as_seeds(seeds, where="randn")
+    check_memory("randn", "seeds", values)  # under a tracer, those of a list have none
     step, stream = check_counter("randn", "step", step), check_counter("randn", "stream", stream)
     check_shape("randn", shape)
     if out is not None and not isinstance(out, torch.Tensor):
@@ -192,6 +193,7 @@ def prepare(
     if out is None:
         check_dtype("randn", dtype)
         out = RESULTS.new_empty(values, full, dtype, device)
+        check_memory("randn", "out", out)  # a tracer may have made it
     elif out.shape != full:
         raise ValueError(f"randn: out must have shape {full}, got {tuple(out.shape)}")
     elif not out.is_floating_point():

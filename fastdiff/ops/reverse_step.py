@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch.autograd import forward_ad
 
 from fastdiff._packing import Packing
 from fastdiff.backends import Implementation, Op, choose
 from fastdiff.ops import _native, _step_cpu
-from fastdiff.ops._checks import check_dense
+from fastdiff.ops._checks import check_dense, check_memory
 from fastdiff.ops._layout import memory_format
 from fastdiff.ops._results import RESULTS
 from fastdiff.ops._step_checks import (
@@ -103,21 +104,24 @@ def _tracked(
     variance: torch.Tensor | None,
     scale: torch.Tensor | None,
 ) -> bool:
-    """Whether autograd would want a backward pass."""
+    """Whether autograd would want a backward pass, or any tensor may have a tangent."""
     # written out: a loop over the tensors would cost a tenth of a small step
-    return torch.is_grad_enabled() and (
-        _wants_gradient(x)
-        or _wants_gradient(output)
-        or _wants_gradient(uncond)
-        or _wants_gradient(variance)
-        or _wants_gradient(scale)
+    return forward_ad._current_level >= 0 or (
+        torch.is_grad_enabled()
+        and (
+            _wants_gradient(x)
+            or _wants_gradient(output)
+            or _wants_gradient(uncond)
+            or _wants_gradient(variance)
+            or _wants_gradient(scale)
+        )
     )
 
 
 def _refuse_dtype(step: Step) -> str | None:
     x, output, model_input = step.x, step.output, step.model_input
     if _tracked(x, output, step.uncond, step.variance, step.scale):
-        return "the kernel has no backward pass (torch.no_grad(), or the reference)"
+        return "the kernel has no backward pass or tangents (torch.no_grad(), or the reference)"
     if x.dtype != torch.float32:
         return f"the state must be float32, got {x.dtype}"
     if output is not None and output.dtype not in _native.DTYPES:
@@ -188,6 +192,7 @@ def prepare(
     if not isinstance(x, torch.Tensor) or x.dtype not in _STATES:
         raise TypeError(f"reverse_step: x must be a float32 or float64 tensor, got {kind(x)}")
     check_dense("reverse_step", "x", x)
+    check_memory("reverse_step", "x", x)
     if not isinstance(table, Packing):
         raise TypeError(f"reverse_step: table must be a StepTable, got {type(table).__name__}")
     shape = x.shape
@@ -237,6 +242,7 @@ def prepare(
             raise ValueError(f"reverse_step: clip must not be negative, got {clip}")
     if out is None:
         out = RESULTS.empty_like(x)
+        check_memory("reverse_step", "out", out)  # a tracer may have made it
     else:
         require("out", out, like, "", dtype)
         in_place("out", out, fmt)

@@ -131,7 +131,7 @@ def step_term(
     now, before = _at(alphabars, t, x)
     first = (t == 0).view(now.shape)
     true_mean, true_variance = posterior(x0, x, now, before)
-    true_variance = torch.as_tensor(true_variance)
+    true_variance = torch.as_tensor(true_variance, device=x.device)
     # beta~_0 = 0: its logarithm is not used, and must not make a NaN of the gradient
     true_logvar = torch.where(first, torch.ones_like(true_variance), true_variance).log()
     kl = kl_normal(true_mean, true_logvar, mean, logvar)
