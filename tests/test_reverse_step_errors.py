@@ -83,6 +83,12 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "guidance-shape": (
         {"guidance": _zeros(2)}, ValueError,
         "guidance must be a number or one a sample (3,), got (2,)"),
+    "guidance-gradient": (
+        {"guidance": _zeros(3).requires_grad_()}, ValueError,
+        "guidance must not record gradients, got requires_grad"),
+    "clip-gradient": (
+        {"clip": _zeros(3).requires_grad_()}, ValueError,
+        "clip must not record gradients, got requires_grad"),
     "clip-negative": ({"clip": -0.5}, ValueError, "clip must not be negative, got -0.5"),
     "clip-infinite": ({"clip": float("inf")}, ValueError, "clip must be finite in float32"),
     "clip-shape": (

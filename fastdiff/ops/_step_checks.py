@@ -97,6 +97,8 @@ def weight(name: str, value: float | torch.Tensor, like: Like) -> float | torch.
                 f"got {tuple(value.shape)}"
             )
         check_real("reverse_step", name, value)
+        if value.requires_grad and torch.is_grad_enabled():  # no backend has one
+            raise ValueError(f"reverse_step: {name} must not record gradients, got requires_grad")
         return value.to(like.device, torch.float32).contiguous()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"reverse_step: {name} must be a number, got {type(value).__name__}")
