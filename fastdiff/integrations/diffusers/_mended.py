@@ -369,6 +369,7 @@ def taken(
     output, timestep, sample = call
     result = run(twin, output, timestep=timestep, sample=sample, **named)
     for name, value in vars(twin).items():
-        if name not in before or before[name] is not value:
+        # a list is the twin's own, and diffusers writes into it
+        if name not in before or before[name] is not value or type(value) is list:
             scheduler.__dict__[name] = value
     return result

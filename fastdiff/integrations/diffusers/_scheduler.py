@@ -333,17 +333,18 @@ class DropIn(Draws):
         """A shallow copy with buffers of its own."""
         twin = self.__class__.__new__(self.__class__)
         twin.__dict__.update(self.__dict__, _fastdiff=Runtime(self._fastdiff.in_place))
-
-        def own(value: Any) -> Any:
-            if isinstance(value, list):
-                return [own(v) for v in value]
-            kept = isinstance(value, Tensor) and self._fastdiff.place(value) != FOREIGN
-            return value.clone() if kept else value
-
         for name in self._fd_state:
-            if name in self.__dict__:
-                twin.__dict__[name] = own(self.__dict__[name])
+            value = self.__dict__.get(name)
+            if isinstance(value, list):
+                twin.__dict__[name] = [self._unshared(v) for v in value]
+            elif name in self.__dict__:
+                twin.__dict__[name] = self._unshared(value)
         return twin
+
+    def _unshared(self, value: Any) -> Any:
+        """A part of the state in memory that the next step does not write to."""
+        kept = isinstance(value, Tensor) and self._fastdiff.place(value) != FOREIGN
+        return value.clone() if kept else value
 
     def _refresh(self) -> Plan:
         return self._fastdiff.refresh(self, self._fd_peer, self._fd_state)
