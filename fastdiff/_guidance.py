@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastdiff.ops._checks import is_finite
 from fastdiff.ops.guidance_rescale import guidance_rescale
 from fastdiff.table import Row, StepTable
 
-_LARGEST = torch.finfo(torch.float32).max
 Weight = float | Tensor
 Weights = Weight | Sequence[Weight] | Callable[[int, float], Weight] | None
 
@@ -124,8 +124,7 @@ def check_number(name: str, value: object, *, optional: bool = False) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"Sampler: {name} must be a number, got {type(value).__name__}")
-    # in float32, as the kernels take it; an int may be larger than any float
-    if not abs(value) <= _LARGEST:
+    if not is_finite(value, torch.float32):  # as the kernels take it
         raise ValueError(f"Sampler: {name} must be finite, got {value}")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextvars
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from fastdiff import _cards, checkpoints
 from fastdiff._state import Model, first_parameter
+from fastdiff.ops._checks import is_finite
 from fastdiff.sampler import Sampler
 from fastdiff.schedules import Schedule
 from fastdiff.serve._batch import Batch, Sample
@@ -213,8 +213,7 @@ class Engine:
         if deadline is not None:
             if isinstance(deadline, bool) or not isinstance(deadline, (int, float)):
                 raise TypeError(f"submit: deadline must be a number, got {deadline!r}")
-            # an int may be larger than any float
-            if not 0 < deadline <= sys.float_info.max:
+            if not (deadline > 0 and is_finite(deadline, torch.float64)):
                 raise ValueError(f"submit: deadline must be finite and above 0, got {deadline}")
         if not (callback is None or callable(callback)):
             raise TypeError(f"submit: callback must be callable, got {callback!r}")

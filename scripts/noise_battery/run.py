@@ -16,9 +16,9 @@ import argparse
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,29 +92,42 @@ def parser_of(doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> int:
-    parser = parser_of(__doc__)
-    parser.add_argument("--log2-bytes", type=int, default=30)
-    args = parser.parse_args()
+def each_feed(
+    args: argparse.Namespace,
+    build: Callable[[Path], Path],
+    look: Callable[[Path, str], tuple[int, str, list[str]]],
+) -> int:
+    """Prints what `look` finds in each feed (failures, a line, lines below it); the exit code."""
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         program = build(Path(folder))
         for feed in args.feed:
             start = time.perf_counter()
-            results = run(program, feed, args.seed, args.rounds, args.log2_bytes)
-            spent = time.perf_counter() - start
-            bad = [r for r in results if r.p < FAIL]
-            failed += len(bad)
-            print(
-                f"{feed}: seed {args.seed}, {args.rounds} rounds, 2^{args.log2_bytes} bytes, "
-                f"{len(results)} statistics, {len(bad)} failed, "
-                f"least p {min(r.p for r in results):.2g} ({spent:.0f} s)"
-            )
-            for r in results:
-                of = {"chi2": "dof", "poisson": "mean", "z": "sd"}[r.kind]
-                print(f"  {r.test:26} {r.kind:7} {r.value:13.6g} ({of} {r.of:g})  p {r.p:.3g}")
-            sys.stdout.flush()
+            bad, line, more = look(program, feed)
+            failed += bad
+            print(f"{line} ({time.perf_counter() - start:.0f} s)", *more, sep="\n  ", flush=True)
     return 1 if failed else 0
+
+
+def main() -> int:
+    parser = parser_of(__doc__)
+    parser.add_argument("--log2-bytes", type=int, default=30)
+    args = parser.parse_args()
+
+    def look(program: Path, feed: str) -> tuple[int, str, list[str]]:
+        results = run(program, feed, args.seed, args.rounds, args.log2_bytes)
+        bad = sum(r.p < FAIL for r in results)
+        more = []
+        for r in results:
+            of = {"chi2": "dof", "poisson": "mean", "z": "sd"}[r.kind]
+            more.append(f"{r.test:26} {r.kind:7} {r.value:13.6g} ({of} {r.of:g})  p {r.p:.3g}")
+        line = (
+            f"{feed}: seed {args.seed}, {args.rounds} rounds, 2^{args.log2_bytes} bytes, "
+            f"{len(results)} statistics, {bad} failed, least p {min(r.p for r in results):.2g}"
+        )
+        return bad, line, more
+
+    return each_feed(args, build, look)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,9 @@ BigCrush hours and 2^38. The exit code is 1 where a p-value is below 1e-6 on eit
 from __future__ import annotations
 
 import subprocess
-import tempfile
-import time
 from pathlib import Path
 
-from run import CSRC, FAIL, HERE, compiler, parser_of
+from run import CSRC, FAIL, HERE, compiler, each_feed, parser_of
 
 BATTERIES = ("SmallCrush", "Crush", "BigCrush", "Rabbit", "Alphabit")
 
@@ -39,31 +37,24 @@ def main() -> int:
     parser.add_argument("--battery", default="SmallCrush", choices=BATTERIES)
     parser.add_argument("--bits", default="high", choices=("high", "low"))
     args = parser.parse_args()
-    failed = 0
-    with tempfile.TemporaryDirectory() as folder:
-        program = build(Path(folder))
-        for feed in args.feed:
-            start = time.perf_counter()
-            lines = subprocess.run(
-                [str(program), feed, str(args.seed), str(args.rounds), args.bits, args.battery],
-                check=True, stderr=subprocess.PIPE, text=True,
-            ).stderr.splitlines()  # fmt: skip
-            spent = time.perf_counter() - start
-            *tests, (_, words) = (line.split("\t") for line in lines)
-            found = sorted((min(float(p), 1 - float(p)), name, p) for name, p in tests)
-            bad = [entry for entry in found if entry[0] < FAIL]
-            odd = [entry for entry in found if entry[0] < 1e-3]
-            failed += len(bad)
-            print(
-                f"{args.battery} {feed}: seed {args.seed}, {args.rounds} rounds, {args.bits} bits "
-                f"first, {int(words)} words, {len(found)} p-values, {len(bad)} failed, {len(odd)} "
-                f"outside [0.001, 0.999], nearest to an end {found[0][2]} {found[0][1]} "
-                f"({spent:.0f} s)",
-                flush=True,
-            )
-            for _, name, p in odd:
-                print(f"  {name}: {p}", flush=True)
-    return 1 if failed else 0
+
+    def look(program: Path, feed: str) -> tuple[int, str, list[str]]:
+        lines = subprocess.run(
+            [str(program), feed, str(args.seed), str(args.rounds), args.bits, args.battery],
+            check=True, stderr=subprocess.PIPE, text=True,
+        ).stderr.splitlines()  # fmt: skip
+        *tests, (_, words) = (line.split("\t") for line in lines)
+        found = sorted((min(float(p), 1 - float(p)), name, p) for name, p in tests)
+        bad = sum(entry[0] < FAIL for entry in found)
+        odd = [entry for entry in found if entry[0] < 1e-3]
+        line = (
+            f"{args.battery} {feed}: seed {args.seed}, {args.rounds} rounds, {args.bits} bits "
+            f"first, {int(words)} words, {len(found)} p-values, {bad} failed, {len(odd)} "
+            f"outside [0.001, 0.999], nearest to an end {found[0][2]} {found[0][1]}"
+        )
+        return bad, line, [f"{name}: {p}" for _, name, p in odd]
+
+    return each_feed(args, build, look)
 
 
 if __name__ == "__main__":
